@@ -1,0 +1,223 @@
+"""The device contract: physical memory apart from addresses, streams, and copies that are counted.
+
+Physical memory (`create`, `destroy`) is mapped into reserved addresses (`reserve`, `map`, `grant`,
+`unmap`). An address never changes while its reservation lives, so a tensor over it stays valid when the
+memory behind it leaves and comes back: CUDA graphs and compiled code survive a swap.
+
+Two implementations keep this contract: `djinn_core.device.cuda` (the driver's virtual memory calls) and
+`djinn_core.device.cpu` (the same over one memfd, for tests and first contact). Not taken: torch's caching
+allocator with a pluggable backend. It cannot separate an address from its memory, and it decides on its own
+when memory is reused.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+import torch
+
+
+class Event(Protocol):
+    """A point in a stream's work. The subset of `torch.cuda.Event` that Djinn uses."""
+
+    def record(self, stream: Stream) -> None: ...
+
+    def query(self) -> bool: ...
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end: Event) -> float: ...
+
+
+class Stream(Protocol):
+    """Work in order. The subset of `torch.cuda.Stream` that Djinn uses."""
+
+    def wait_event(self, event: Event) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool: ...
+
+
+class Direction(Enum):
+    """Which way a copy goes."""
+
+    H2D = "h2d"
+    D2H = "d2h"
+    D2D = "d2d"
+
+
+@dataclass(frozen=True)
+class CopyCounts:
+    """Bytes copied since the device was opened, by direction, counted where the copy is issued."""
+
+    h2d_bytes: int = 0
+    d2h_bytes: int = 0
+    d2d_bytes: int = 0
+
+    def __sub__(self, other: CopyCounts) -> CopyCounts:
+        return CopyCounts(
+            self.h2d_bytes - other.h2d_bytes,
+            self.d2h_bytes - other.d2h_bytes,
+            self.d2d_bytes - other.d2d_bytes,
+        )
+
+
+class Device(ABC):
+    """One device: its physical memory, its addresses, its streams.
+
+    All methods may be called from any thread. Sizes and addresses are in bytes; sizes given to `create`,
+    `reserve`, `map`, `grant` and `unmap` are multiples of `granularity_bytes`.
+
+    Attributes:
+        name: as torch spells it, for example ``"cuda:0"`` or ``"cpu"``.
+        torch_device: where tensors over reserved addresses live.
+        granularity_bytes: the smallest piece of physical memory.
+        is_gpu: False for the emulated device, on which no claim about a GPU can hold.
+    """
+
+    name: str
+    torch_device: torch.device
+    granularity_bytes: int
+    is_gpu: bool
+
+    def __init__(self) -> None:
+        self._count_lock = threading.Lock()
+        self._counts = {direction: 0 for direction in Direction}
+
+    # physical memory
+
+    @property
+    @abstractmethod
+    def capacity_bytes(self) -> int:
+        """The physical memory that `create` could hand out in all, were nothing created yet."""
+
+    @abstractmethod
+    def create(self, size_bytes: int) -> int:
+        """Physical memory of `size_bytes`, as an opaque handle.
+
+        Raises:
+            OutOfDeviceMemory: the device has no such piece left; free extents and retry.
+        """
+
+    @abstractmethod
+    def destroy(self, handle: int) -> None:
+        """Give the physical memory behind `handle` back. It must be mapped nowhere."""
+
+    # addresses
+
+    @abstractmethod
+    def reserve(self, size_bytes: int) -> int:
+        """The first of `size_bytes` reserved addresses, with no memory behind them."""
+
+    @abstractmethod
+    def release(self, address: int, size_bytes: int) -> None:
+        """Give a reservation back. Nothing may be mapped in it, and its tensors die with it."""
+
+    @abstractmethod
+    def map(self, address: int, handle: int, size_bytes: int) -> None:
+        """Put the memory of `handle` behind `address`. It cannot be touched before `grant`.
+
+        One handle may be mapped at several addresses at once.
+        """
+
+    @abstractmethod
+    def grant(self, address: int, size_bytes: int) -> None:
+        """Allow access to a fully mapped span; one call for neighbouring maps costs as much as for one."""
+
+    @abstractmethod
+    def unmap(self, address: int, size_bytes: int) -> None:
+        """Take the memory from behind one earlier `map` (same address and size). The caller has made sure that no
+        queued work touches it."""
+
+    @abstractmethod
+    def tensor(self, address: int, size_bytes: int) -> torch.Tensor:
+        """A uint8 tensor of `size_bytes` over reserved addresses, valid while the reservation lives.
+
+        Touching a part with nothing mapped behind it is a fault, as for any bad pointer.
+        """
+
+    # order
+
+    @abstractmethod
+    def stream(self, priority: int = 0) -> Stream:
+        """A new stream. A lower `priority` number goes first, as in CUDA."""
+
+    @abstractmethod
+    def current_stream(self) -> Stream:
+        """The stream on which the calling thread's torch operations run."""
+
+    @abstractmethod
+    def event(self, timing: bool = False) -> Event:
+        """A new event, recorded nowhere yet (so it counts as complete)."""
+
+    @abstractmethod
+    def launch(self, stream: Stream, work: Callable[[], None]) -> None:
+        """Run `work`, a function of torch operations, in the order of `stream`."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until all streams of this device have nothing left to do.
+
+        Raises:
+            DeviceError: work on one of them failed.
+        """
+
+    # copies
+
+    def copy(self, dst: torch.Tensor, src: torch.Tensor, stream: Stream, direction: Direction) -> None:
+        """Copy `src` to `dst` in the order of `stream`, and count the bytes.
+
+        Both are contiguous uint8 tensors of one length; the host side must be pinned, or the copy would block the
+        caller (`HostTier` hands out only memory that is registered with the device).
+
+        Raises:
+            TransferError: the driver refused the copy; nothing was counted.
+        """
+        size_bytes = dst.numel()
+        if size_bytes != src.numel():
+            raise ValueError(f"copy of {src.numel()} bytes into {size_bytes}")
+        self._issue_copy(dst, src, stream)
+        with self._count_lock:
+            self._counts[direction] += size_bytes
+
+    @abstractmethod
+    def _issue_copy(self, dst: torch.Tensor, src: torch.Tensor, stream: Stream) -> None:
+        """Issue the copy; `copy` counts it."""
+
+    @property
+    def copied(self) -> CopyCounts:
+        """Bytes copied so far, by direction."""
+        with self._count_lock:
+            return CopyCounts(*(self._counts[d] for d in (Direction.H2D, Direction.D2H, Direction.D2D)))
+
+    # host memory and the machine
+
+    @abstractmethod
+    def pin(self, address: int, size_bytes: int) -> None:
+        """Page-lock and register existing host memory for asynchronous copies.
+
+        Raises:
+            PinningRefused: the operating system or the driver refused; the memory is as it was.
+        """
+
+    @abstractmethod
+    def unpin(self, address: int, size_bytes: int) -> None:
+        """Undo `pin`."""
+
+    @abstractmethod
+    def bind_thread(self) -> None:
+        """Make the calling thread ready to use the device; each worker thread calls it once, first."""
+
+    @abstractmethod
+    def used_bytes(self) -> int:
+        """Memory in use on the whole device, by everyone, as the driver sees it."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop streams and give everything back. Reservations must have been released."""
