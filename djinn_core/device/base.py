@@ -88,7 +88,7 @@ class Device(ABC):
 
     def __init__(self) -> None:
         self._count_lock = threading.Lock()
-        self._counts = {direction: 0 for direction in Direction}
+        self._counts = dict.fromkeys(Direction, 0)
 
     # physical memory
 
