@@ -1,0 +1,160 @@
+"""The effective configuration of a run: config/config.yaml, then config/presets/RUN.yaml, checked before anything runs.
+
+What is measured is here; how it is run (cores, paths of environments) is in `profiles/`. A wrong setting is refused
+with its key and what is allowed. Imports no torch: Snakemake reads this while it builds the graph.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import yaml
+
+from workflow.lib import models
+from workflow.lib.results import schema
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "config"
+EXPERIMENTS = ("certify", "streaming", "resume", "pressure", "rpc")
+# from the largest to the smallest: `auto` takes the first that fits the machine
+PRESETS = ("h200", "h100", "l4", "cpu")
+
+
+class SettingsError(Exception):
+    """A setting is unknown, of the wrong type, or out of range; the message has the key and what is allowed."""
+
+
+def load_config(run: str, overrides: list[str] | None = None, *, folder: Path = CONFIG) -> dict[str, Any]:
+    """The checked settings of `run` (a preset's name).
+
+    Args:
+        overrides: ``section.key=value`` each, the value in YAML, for development; they are recorded in every result
+            under `overrides`.
+
+    Raises:
+        SettingsError: no such preset, or a setting that the schema or the model does not allow.
+    """
+    path = folder / "presets" / f"{run}.yaml"
+    if not path.is_file():
+        known = sorted(file.stem for file in (folder / "presets").glob("*.yaml"))
+        raise SettingsError(f"run: no preset {run!r}; allowed: {', '.join(known)}")
+    settings = merge(read_yaml(folder / "config.yaml"), read_yaml(path))
+    settings["run"] = run
+    for override in overrides or []:
+        apply_override(settings, override)
+    check(settings, where=str(path))
+    settings["overrides"] = list(overrides or [])
+    return settings
+
+
+def section(settings: dict[str, Any], experiment: str) -> dict[str, Any]:
+    """The effective settings of one experiment: its own section with the machine's beside it."""
+    own = deepcopy(settings.get(experiment, {}))
+    return own | {"machine": deepcopy(settings["machine"]), "overrides": list(settings.get("overrides", []))}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path}: not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path}: holds {type(content).__name__}, wanted a mapping")
+    return content
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `over` on top, mappings merged key by key."""
+    merged = deepcopy(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else deepcopy(value)
+    return merged
+
+
+def apply_override(settings: dict[str, Any], override: str) -> None:
+    """Set one ``section.key=value`` in place."""
+    name, equals, text = override.partition("=")
+    *parents, key = name.split(".")
+    if not equals or not key:
+        raise SettingsError(f"--set {override}: wanted section.key=value")
+    place = settings
+    for parent in parents:
+        place = place.get(parent) if isinstance(place, dict) else None
+        if not isinstance(place, dict):
+            raise SettingsError(f"--set {override}: there is no section {parent!r}")
+    place[key] = yaml.safe_load(text)
+
+
+def check(settings: dict[str, Any], where: str) -> None:
+    """Refuse settings that the schema or the model does not allow."""
+    error = jsonschema.exceptions.best_match(
+        jsonschema.Draft202012Validator(schema("config")).iter_errors(settings), key=lambda e: (-len(e.path), e.validator)
+    )
+    if error is not None:
+        raise SettingsError(f"{where}: {explain(error)}")
+    for experiment in EXPERIMENTS:
+        if "model" in settings.get(experiment, {}):
+            check_against_model(experiment, settings[experiment], where)
+
+
+def explain(error: jsonschema.ValidationError) -> str:
+    """One line: the key, what is wrong, and what is allowed there."""
+    place = ".".join(str(part) for part in error.absolute_path)
+    if error.validator == "additionalProperties":
+        allowed = sorted(error.schema.get("properties", {}))
+        unknown = sorted(set(error.instance) - set(allowed))[0]
+        key = f"{place}.{unknown}" if place else unknown
+        return f"{key}: unknown key{hint(unknown, allowed)}; allowed: {', '.join(allowed)}"
+    return f"{place or '(top)'}: {error.message}"
+
+
+def hint(unknown: str, allowed: list[str]) -> str:
+    """What was probably meant: the same name with its unit, or the nearest spelling."""
+    with_unit = [name for name in allowed if name.startswith(f"{unknown}_")]
+    if with_unit:
+        return f", the unit belongs to the name: {' or '.join(with_unit)}"
+    near = difflib.get_close_matches(unknown, allowed, n=1)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def check_against_model(experiment: str, settings: dict[str, Any], where: str) -> None:
+    """Layers within the model's depth, chunks within a ring slot, prompts within its positions."""
+    shape = models.shape_of(settings["model"], settings["dtype"])
+    if shape is None:
+        return
+    for key in ("layers", "accuracy_layers"):
+        for layer in settings.get(key, []):
+            if not 1 <= layer <= shape.layers:
+                raise SettingsError(
+                    f"{where}: {experiment}.{key}: layer {layer} is out of range; {shape.name} allows 1 to {shape.layers}"
+                )
+    for key in ("pause_layer", "steering_layer"):
+        layer = settings.get(key)
+        if layer is not None and not 1 <= layer <= shape.layers:
+            raise SettingsError(
+                f"{where}: {experiment}.{key}: layer {layer} is out of range; {shape.name} allows 1 to {shape.layers}"
+            )
+    for system, chunk_bytes in settings.get("chunk_bytes", {}).items():
+        if chunk_bytes > shape.layer_bytes:
+            raise SettingsError(
+                f"{where}: {experiment}.chunk_bytes.{system}: a chunk of {chunk_bytes:,} bytes is larger than a ring slot; "
+                f"a layer of {shape.name} in {settings['dtype']} allows at most {shape.layer_bytes:,}"
+            )
+    prompt_tokens = settings.get("prompt_tokens", 0)
+    if shape.max_positions is not None and prompt_tokens >= shape.max_positions:
+        raise SettingsError(
+            f"{where}: {experiment}.prompt_tokens: {prompt_tokens} leaves no room to generate; {shape.name} allows up to "
+            f"{shape.max_positions - 1}"
+        )
+
+
+def canonical(settings: dict[str, Any], experiment: str) -> str:
+    """One line that changes when, and only when, the settings of `experiment` do: a rule's parameter."""
+    return json.dumps(section(settings, experiment), sort_keys=True, separators=(",", ":"))

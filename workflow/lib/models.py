@@ -1,0 +1,85 @@
+"""Shapes and sizes of the models that the presets name, from their architecture files alone (no torch).
+
+The sizes are for checks of the settings and for the estimate of what a run needs; what a run moves is counted where
+it is moved.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = Path(__file__).resolve().parents[2] / "config" / "models"
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Depth and sizes in bytes of one model in one dtype; `kv_bytes_per_token` is that of all layers."""
+
+    name: str
+    layers: int
+    layer_bytes: int
+    other_bytes: int
+    kv_bytes_per_token: int
+    max_positions: int | None
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.layers * self.layer_bytes + self.other_bytes
+
+
+def architecture(model: dict[str, Any]) -> dict[str, Any] | None:
+    """The `config.json` of a preset's model: its folder's, else config/models/NAME.json; None for a hub id."""
+    if model.get("path"):
+        file = Path(model["path"]) / "config.json"
+        return json.loads(file.read_text()) if file.is_file() else None
+    return json.loads((ARCHITECTURES / f"{model['name']}.json").read_text())
+
+
+def shape_of(model: dict[str, Any], dtype: str) -> Shape | None:
+    """The shape, or None where this file does not know the architecture (the plan then checks at load)."""
+    config = architecture(model)
+    if config is None:
+        return None
+    if config["model_type"] in GATED:
+        return _gated_shape(model["name"], config, ITEM_BYTES[dtype])
+    if config["model_type"] == "gpt2":
+        return _gpt2_shape(model["name"], config, ITEM_BYTES[dtype])
+    return None
+
+
+def _gated_shape(name: str, config: dict[str, Any], item_bytes: int) -> Shape:
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or hidden // heads
+    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
+    layer = attention + 3 * hidden * config["intermediate_size"] + 2 * hidden
+    embedding = config["vocab_size"] * hidden
+    other = embedding * (1 if config.get("tie_word_embeddings") else 2) + hidden
+    depth = config["num_hidden_layers"]
+    return Shape(
+        name=name,
+        layers=depth,
+        layer_bytes=layer * item_bytes,
+        other_bytes=other * item_bytes,
+        kv_bytes_per_token=2 * depth * kv_heads * head_dim * item_bytes,
+        max_positions=config.get("max_position_embeddings"),
+    )
+
+
+def _gpt2_shape(name: str, config: dict[str, Any], item_bytes: int) -> Shape:
+    hidden, inner = config["n_embd"], config.get("n_inner") or 4 * config["n_embd"]
+    layer = hidden * (3 * hidden + hidden + 2 * inner) + 3 * hidden + hidden + inner + hidden + 4 * hidden
+    other = (config["vocab_size"] + config["n_positions"]) * hidden + 2 * hidden
+    return Shape(
+        name=name,
+        layers=config["n_layer"],
+        layer_bytes=layer * item_bytes,
+        other_bytes=other * item_bytes,
+        kv_bytes_per_token=2 * config["n_layer"] * hidden * item_bytes,
+        max_positions=config["n_positions"],
+    )
