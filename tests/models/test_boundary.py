@@ -12,10 +12,10 @@ from djinn_core.errors import SessionStateError, UsageError
 from djinn_core.models import boundary
 from djinn_core.turn import Turn
 
-LLAMA = dict(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-    vocab_size=64, max_position_embeddings=64,
-)  # fmt: skip
+LLAMA = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": 64, "max_position_embeddings": 64,
+}  # fmt: skip
 
 
 class Recorder:
@@ -91,15 +91,15 @@ def test_an_ordinary_pass_is_unchanged_and_ends(kind):
     assert provider.calls[0] == ("begin", 0) and provider.calls[-1] == ("end", None)
     assert [c for c in provider.calls if c[0] == "acquire"] == [("acquire", layer) for layer in range(4)]
     assert boundary.executed_layers(model) == (1, 1, 1, 1)
-    assert list(inspect.signature(model.model.forward if kind == "llama" else model.transformer.forward).parameters)[
-        0
-    ] == ("input_ids")
+    assert next(
+        iter(inspect.signature(model.model.forward if kind == "llama" else model.transformer.forward).parameters)
+    ) == ("input_ids")
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("first_layer", [0, 1, 2, 3, 4])
 def test_entering_with_the_kept_boundary_gives_the_same_logits(kind, first_layer):
-    model, ids, want, provider = build(kind)
+    model, ids, want, _provider = build(kind)
     whole = Control()
     run(model, ids, whole)
     before = boundary.executed_layers(model)
@@ -119,7 +119,7 @@ def test_stopping_ends_the_pass_and_skips_the_rest():
 
 
 def test_tuple_layers_keep_their_form():
-    model, ids, _, _ = build()
+    model, _ids, _, _ = build()
     state = model._djinn_boundary
     state.arity = 2
     hidden = torch.zeros(1)
@@ -146,7 +146,7 @@ def test_a_pass_inside_a_pass_is_refused():
 
 
 def test_a_layer_called_by_itself_is_a_pass_of_its_own():
-    model, ids, _, provider = build("gpt2")
+    model, _ids, _, provider = build("gpt2")
     with torch.inference_mode():
         model.transformer.h[2](torch.zeros(1, 3, 32))
     assert provider.calls == [("begin", 2), ("acquire", 2), ("release", 2), ("end", None)]
