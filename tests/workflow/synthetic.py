@@ -1,0 +1,183 @@
+"""Made-up result files for the tests of figures and claims. Nothing outside tests/ reads or copies these numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from workflow.lib.results import Result
+from workflow.plots.load import PRESSURE_SYSTEMS, RESUME_METHODS, STREAMING_GROUPS
+
+MIB = 2**20
+KIND = {
+    "gpu": None,
+    "driver": None,
+    "pcie_generation": None,
+    "pcie_width": None,
+    "cpu": "Synthetic CPU",
+    "cores": 2,
+    "memory_bytes": 8 << 30,
+    "numa_nodes": 1,
+    "system": "Linux",
+}
+RATE = 54.0
+WEIGHTS = 26_000_000_000
+KV_TOKEN = 819_200
+LAYERS = (1, 10, 20, 30, 40)
+
+
+class Maker:
+    """Writes result files of a pretended run into a folder of the test's own."""
+
+    def __init__(self, folder: Path, *, gpu: str | None = "NVIDIA H200", run: str = "h200") -> None:
+        self.folder = folder
+        self.gpu = gpu
+        self.run = run
+        self.machine_id = "machine-1"
+        self.source_digest = "0" * 32
+        self.commit = "abc1234def"
+        self.dirty = False
+        self.noise = np.random.default_rng(7)
+
+    def result(self, experiment: str, system: str, **config: Any) -> Result:
+        result = Result(experiment, system, self.run, {"model": "llama-2-13b", **config})
+        state = {"time_utc": "2026-01-01T00:00:00Z", "load_1min": 0.1, "host_free_bytes": 1, "foreign_processes": []}
+        result.machine = {
+            "kind": {**KIND, "gpu": self.gpu},
+            "id": self.machine_id,
+            "state": {"before": state, "after": state},
+        }
+        result.source = {"commit": self.commit, "dirty": self.dirty, "digest": self.source_digest}
+        rates = {"h2d_gbps": RATE, "d2h_gbps": RATE, "bidirectional_gbps": 83.0, "peer_gbps": None}
+        result.limits = {"before": rates, "after": rates, **rates, "drift": 0.0}
+        return result
+
+    def write(self, result: Result) -> Path:
+        path = self.folder / result.experiment / f"{result.system}.json"
+        result.write(path)
+        return path
+
+    def jitter(self, value: float, share: float = 0.004) -> float:
+        return float(value * (1 + share * self.noise.standard_normal()))
+
+    def certificate(self, verdict: str = "pass") -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "certificate.json").write_text(json.dumps({"verdict": verdict}))
+
+    def streaming(self, *, rates: dict[str, float] | None = None, failing: dict[str, tuple[str, str]] | None = None):
+        """All systems of exp2; `rates` overrides GB/s, `failing` gives (status, reason) instead."""
+        pace = {
+            "accelerate_cpu_offload": 7.5,
+            "deepspeed_cpu": 40.0,
+            "deepspeed_cpu_tuned": 45.8,
+            "deepspeed_nvme": 1.7,
+        }
+        pace |= {"accelerate_device_map": 7.4}
+        pace |= rates or {}
+        for group, systems in STREAMING_GROUPS.items():
+            for system in systems:
+                result = self.result("streaming", system, prompt_tokens=512, cap_bytes=8_000_000_000)
+                if system.startswith("djinn_chunk"):
+                    result.config["chunk_bytes"] = int(system.removeprefix("djinn_chunk").removesuffix("mib")) * MIB
+                if system in (failing or {}):
+                    result.fail(*failing[system])
+                    self.write(result)
+                    continue
+                streamed = (
+                    WEIGHTS if group == "nothing resident" else int(WEIGHTS * (0.8 if "djinn" in system else 0.75))
+                )
+                rate = pace.get(system, 53.8)
+                for _ in range(5):
+                    seconds = self.jitter(streamed / rate / 1e9)
+                    if group == "cap filled" and "djinn" in system:
+                        seconds = self.jitter(streamed / 53.8e9)
+                    result.sample("pass_s", seconds, "s")
+                    result.sample("effective_gbps", streamed / seconds / 1e9, "GB/s")
+                    result.sample("link_gbps", streamed / seconds / 1e9, "GB/s")
+                    result.sample("ttft_s", self.jitter(seconds * 1.04), "s")
+                    result.sample("decode_s_per_token", self.jitter(seconds), "s")
+                result.sample("streamed_bytes", streamed, "bytes")
+                result.sample("moved_bytes", streamed, "bytes")
+                result.sample("host_bytes", int(WEIGHTS * 1.02), "bytes")
+                result.sample("peak_vram_bytes", 7_600_000_000, "bytes")
+                result.sample("load_s", self.jitter(20.0), "s")
+                for name in ("tokens_equal", "logits_bit_equal", "moved_equals_plan"):
+                    result.check(name, True)
+                result.check("link_within_limit", True)
+                self.write(result)
+
+    def resume(self) -> None:
+        """All methods of exp3 with their interleaved eager partner."""
+        whole = 2048 * KV_TOKEN
+        recompute = {layer: 2.9 * layer for layer in LAYERS}
+        rest = {layer: 117.0 - 2.9 * layer + 1.5 for layer in LAYERS}
+        systems = (
+            "eager",
+            "recompute",
+            "manual_offload_pageable",
+            "manual_offload_pinned",
+            "manual_offload_overlapped",
+        )
+        for system in (*systems, "djinn"):
+            result = self.result("resume", system, prompt_tokens=2048)
+            for layer in LAYERS:
+                states = ("A", "S") if system.startswith("manual") else ("S",)
+                for state in states:
+                    size = 20_971_520 + (whole * layer // 40 if state == "S" else 0)
+                    link = size / (RATE * 1e6)
+                    slow = link * RATE / 7 if "pageable" in system else link
+                    ready = {"eager": 0.02, "recompute": recompute[layer], "djinn": 0.43}.get(system, slow)
+                    ready = 0.41 if system.endswith("overlapped") else ready
+                    hides = system.endswith("overlapped") or system == "djinn"
+                    after = max(rest[layer], link if hides else 0) + (0.4 if hides else 0)
+                    for repeat in range(20):
+                        where = {"layer": layer, "state": state, "repeat": repeat}
+                        result.sample("ready_ms", self.jitter(ready), "ms", **where)
+                        result.sample("next_logits_ms", self.jitter(after if hides else ready + after), "ms", **where)
+                        result.sample("state_bytes", size, "bytes", **where)
+                        result.sample("theoretical_ms", link, "ms", **where)
+                        partner = {**where, "partner": "eager"}
+                        result.sample("next_logits_ms", self.jitter(rest[layer]), "ms", **partner)
+                        result.sample("pause_ms", self.jitter(0.3), "ms", **where)
+                        result.sample("drain_ms", self.jitter(link / 0.97), "ms", **where)
+            result.check("gpu_shared", system == "djinn", gate=False)
+            result.check("tokens_equal", True)
+            self.write(result)
+
+    def pressure(self, *, sessions: int = 50, cap: int = 80_000_000_000) -> None:
+        """All systems of the pressure run: eager stops where the memory ends, djinn stays below the cap."""
+        kv = 2048 * KV_TOKEN
+        demand = WEIGHTS + sessions * kv
+        for system in PRESSURE_SYSTEMS:
+            result = self.result("pressure", system, cap_bytes=cap, sessions=sessions, demand_bytes=demand)
+            limit = int(cap * 0.985) if system in ("djinn", "manual_offload", "eager") else demand * 2
+            completed = 0
+            for index in range(4 * sessions):
+                opened = min(sessions, index // 2 + 1)
+                used = WEIGHTS + opened * kv
+                if system == "eager" and used > limit:
+                    break
+                completed = opened
+                where = {
+                    "time_s": index * 0.05,
+                    "seed": 0,
+                    "sessions": opened,
+                    "phase": "spawn" if index < 100 else "resume",
+                }
+                held = min(used, limit)
+                for source in ("nvml", "ledger"):
+                    result.sample("device_bytes", held, "bytes", source=source, **where)
+                parts = {"resident_weights": WEIGHTS, "kv": held - WEIGHTS - 10**9, "pooled": 10**9}
+                for part, size in parts.items():
+                    result.sample("ledger_bytes", size, "bytes", part=part, **where)
+            for seed in range(3):
+                total = {"djinn": 31.0, "djinn_uncapped": 30.4}.get(system, 60.0)
+                result.sample("total_s", self.jitter(total, 0.001), "s", seed=seed)
+                result.sample("completed_sessions", completed, "sessions", seed=seed)
+                result.sample("evicted_bytes", max(0, demand - cap) * 2, "bytes", seed=seed)
+            if system == "eager":
+                result.fail("out_of_memory", f"session {completed + 1} found no memory under the cap")
+            self.write(result)

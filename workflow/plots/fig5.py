@@ -1,0 +1,170 @@
+"""Figure 5: streaming a model larger than its memory, against the rate of the link.
+
+The two groups, nothing resident and cap filled, are drawn on axes of their own: a system that may keep layers on the
+device is never put in one ratio with a system that may not. Each bar is the median over passes with its bootstrap
+interval; each dark tick is the host-to-device rate measured around that very result.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+
+from workflow.plots import style
+from workflow.plots.load import STREAMING_GROUPS, ResultFile, read_certificate, read_folder
+
+METRICS = (
+    ("effective_gbps", "GB/s", "effective link rate (GB/s)", "rate of the link"),
+    ("pass_s", "s", "time of a pass (s)", "a forward pass"),
+    ("ttft_s", "s", "time to first token (s)", "the first token"),
+)
+LETTERS = "abcd"
+
+
+def chunk_bytes(result: ResultFile) -> int | None:
+    value = result.config.get("chunk_bytes")
+    if isinstance(value, Mapping):
+        value = value.get(result.system)
+    return int(value) if isinstance(value, int | float) else None
+
+
+def collect(results: dict[str, ResultFile]) -> pd.DataFrame:
+    """The numbers drawn: a row for each system and metric; a system without a number keeps its row and its status."""
+    rows = []
+    for group, systems in STREAMING_GROUPS.items():
+        for system in systems:
+            result = results[system]
+            for metric, unit, _, _ in (*METRICS, ("link_gbps", "GB/s", "", "")):
+                summary = result.summary(metric) if result.ok else None
+                row = {"group": group, "system": system, "status": result.status, "metric": metric, "unit": unit}
+                row["median"] = summary["median"] if summary else None
+                for name in ("ci95_low", "ci95_high", "n"):
+                    row[name] = summary[name] if summary else None
+                row["h2d_gbps"] = result.limit("h2d_gbps")
+                row["chunk_bytes"] = chunk_bytes(result) if system.startswith("djinn_chunk") else None
+                rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def bars(axes: Axes, rows: pd.DataFrame, axis_label: str, *, names: bool) -> None:
+    """One metric of one group: a bar per system from the top down, its number beside it, or its outcome."""
+    axes.set_xlabel(axis_label)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_yticks(range(len(rows)))
+    labels = [
+        style.label(row.system, row.chunk_bytes if pd.notna(row.chunk_bytes) else None) for row in rows.itertuples()
+    ]
+    axes.set_yticklabels(labels if names else [])
+    axes.tick_params(axis="y", length=0)
+    for place, row in enumerate(rows.itertuples()):
+        if pd.isna(row.median):
+            words = row.status.replace("_", " ") if row.status != "ok" else "not measured"
+            axes.text(0, place, f" {words}", va="center", ha="left", color=style.PALE, fontsize=6, style="italic")
+            continue
+        error = None if row.n < 2 else ([row.median - row.ci95_low], [row.ci95_high - row.median])
+        axes.barh(
+            place, row.median, height=0.68, color=style.colour(row.system), xerr=error, error_kw={"elinewidth": 0.7}
+        )
+        reach = row.median if row.n < 2 else row.ci95_high
+        if row.metric == "effective_gbps" and pd.notna(row.h2d_gbps):
+            axes.plot([row.h2d_gbps] * 2, [place - 0.46, place + 0.46], color=style.INK, linewidth=1)
+            reach = max(reach, row.h2d_gbps) if row.median > 0.8 * row.h2d_gbps else reach
+        axes.annotate(
+            f"{row.median:.3g}",
+            (reach, place),
+            xytext=(2.5, 0),
+            textcoords="offset points",
+            va="center",
+            ha="left",
+            fontsize=6,
+            color=style.INK,
+        )
+
+
+def sweep(axes: Axes, rows: pd.DataFrame) -> None:
+    """Share of the link against the size of a chunk, of the systems that were measured."""
+    rows = rows[(rows["metric"] == "link_gbps") & rows["chunk_bytes"].notna() & rows["median"].notna()]
+    axes.set_xlabel("size of a chunk")
+    axes.set_ylabel("share of the measured H2D rate")
+    axes.axhline(1, color=style.INK, linewidth=0.8, linestyle=(0, (4, 2)))
+    if not len(rows):
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=style.PALE, style="italic")
+        return
+    rows = rows.sort_values("chunk_bytes")
+    share, low, high = (rows[name] / rows["h2d_gbps"] for name in ("median", "ci95_low", "ci95_high"))
+    axes.set_xscale("log", base=2)
+    axes.errorbar(
+        rows["chunk_bytes"],
+        share,
+        yerr=(share - low, high - share),
+        marker="o",
+        markersize=3.5,
+        color=style.colour("djinn"),
+        elinewidth=0.7,
+    )
+    unit, step = style.common_unit(rows["chunk_bytes"].min())
+    axes.set_xlabel(f"size of a chunk ({unit})")
+    axes.set_xticks(rows["chunk_bytes"], [f"{size / step:.4g}" for size in rows["chunk_bytes"]])
+    axes.minorticks_off()
+    axes.set_ylim(min(0.9, 0.95 * low.min()), max(1.02, 1.02 * high.max()))
+    axes.margins(x=0.12)
+
+
+def draw(results_dir: Path, out: Path, csv: Path) -> None:
+    """Draw `{results_dir}/streaming/*.json` into `out`, and the numbers into `csv`.
+
+    Raises:
+        ResultError: a file is missing, or the files may not be compared.
+    """
+    style.use_style()
+    systems = [system for group in STREAMING_GROUPS.values() for system in group]
+    results = {result.system: result for result in read_folder(results_dir / "streaming", systems)}
+    certificate = read_certificate(results_dir / "certificate.json")
+    drawn = collect(results)
+    fig = plt.figure(figsize=(style.PAGE_IN, 2.75))
+    grid = fig.add_gridspec(
+        2,
+        4,
+        height_ratios=[len(group) for group in STREAMING_GROUPS.values()],
+        width_ratios=(1, 1, 1, 1.2),
+        left=0.185,
+        right=0.99,
+        top=0.92,
+        bottom=0.185,
+        wspace=0.12,
+        hspace=0.5,
+    )
+    for column, (metric, _, axis_label, title) in enumerate(METRICS):
+        widest = 0.0
+        pair = []
+        for line, group in enumerate(STREAMING_GROUPS):
+            axes = fig.add_subplot(grid[line, column])
+            rows = drawn[(drawn["group"] == group) & (drawn["metric"] == metric)]
+            bars(axes, rows, axis_label if line else "", names=column == 0)
+            widest = max(widest, axes.get_xlim()[1])
+            pair.append(axes)
+            if column == 0:
+                above = {"transform": axes.transAxes, "ha": "right", "va": "bottom", "fontsize": 6.5}
+                axes.text(-0.03, 1.0, group, color=style.INK, fontweight="bold", **above)
+        for axes in pair:
+            axes.set_xlim(0, widest * 1.2)
+        pair[0].set_xticklabels([])
+        style.panel(pair[0], LETTERS[column], title)
+    axes = fig.add_subplot(grid[:, 3])
+    box = axes.get_position()
+    axes.set_position([box.x0 + 0.075, box.y0, box.width - 0.075, box.height])
+    sweep(axes, drawn)
+    style.panel(axes, LETTERS[3], "chunk sweep")
+    fig.text(0.185, 0.045, "| the host-to-device rate measured around each result", fontsize=5, color=style.INK)
+    inputs = [result.path for result in results.values()]
+    style.finish(fig, list(results.values()), certificate, [*inputs, certificate.path])
+    style.write(fig, out, drawn, csv)
+
+
+if __name__ == "__main__":
+    sys.exit(style.command("fig5", "Draw figure 5, streaming, from a run's result files.", draw))

@@ -1,0 +1,204 @@
+"""Result files read for figures, tables and claims, and refused where they may not be compared.
+
+Invariant: nothing here invents a number. A value that a file does not hold is `None` or an error that names the file,
+and files that were measured on different machines, or by different code, are never put beside each other.
+Not taken: reading the files' own summaries, since a claim may group the samples otherwise; both use one `stats`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from workflow.lib.results import ResultError, assert_comparable, read_result
+from workflow.lib.stats import summarise
+
+STREAMING_GROUPS = {
+    "nothing resident": (
+        "accelerate_cpu_offload",
+        "deepspeed_cpu",
+        "deepspeed_cpu_tuned",
+        "deepspeed_nvme",
+        "djinn_chunk16mib",
+        "djinn_chunk64mib",
+        "djinn_chunk128mib",
+        "djinn_chunk512mib",
+    ),
+    "cap filled": ("accelerate_device_map", "djinn_resident"),
+}
+RESUME_METHODS = (
+    "eager",
+    "recompute",
+    "manual_offload_pageable",
+    "manual_offload_pinned",
+    "manual_offload_overlapped",
+    "djinn",
+)
+PRESSURE_SYSTEMS = ("eager", "manual_offload", "djinn", "djinn_uncapped")
+IDENTITY = ("metric", "value", "unit", "warmup")
+
+
+@dataclass(frozen=True, eq=False)
+class ResultFile:
+    """One result file as it was written: the outcome of one system in one experiment."""
+
+    path: Path
+    data: Mapping[str, Any]
+
+    @property
+    def system(self) -> str:
+        return self.data["system"]
+
+    @property
+    def status(self) -> str:
+        return self.data["status"]
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok"
+
+    @property
+    def reason(self) -> str:
+        return self.data.get("reason") or ""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.data.get("config") or {}
+
+    @property
+    def checks(self) -> Mapping[str, Mapping[str, Any]]:
+        return self.data.get("checks") or {}
+
+    @property
+    def machine_kind(self) -> Mapping[str, Any]:
+        return self.data["machine"]["kind"]
+
+    @property
+    def gpu(self) -> str | None:
+        """The GPU's name, or None where the device is emulated."""
+        return gpu_name(self.machine_kind)
+
+    @cached_property
+    def samples(self) -> pd.DataFrame:
+        """The measured rows, warm-ups left out."""
+        rows = pd.DataFrame([row for row in self.data["samples"] if not row.get("warmup", False)])
+        return rows if len(rows) else pd.DataFrame(columns=list(IDENTITY))
+
+    def select(self, metric: str, where: Mapping[str, Any] | None = None) -> pd.DataFrame:
+        """The samples of a metric whose dimensions are those of `where`.
+
+        Rows of an interleaved partner carry the dimension `partner` and are left out unless `where` names it.
+        """
+        wanted = dict(where or {})
+        rows = self.samples
+        rows = rows[rows["metric"] == metric]
+        if "partner" in rows.columns and "partner" not in wanted:
+            rows = rows[rows["partner"].isna()]
+        for name, value in wanted.items():
+            if name not in rows.columns:
+                return rows.iloc[0:0]
+            rows = rows[rows[name] == value]
+        return rows
+
+    def values(self, metric: str, where: Mapping[str, Any] | None = None) -> np.ndarray:
+        return self.select(metric, where)["value"].to_numpy(dtype=float)
+
+    def median(self, metric: str, where: Mapping[str, Any] | None = None) -> float | None:
+        values = self.values(metric, where)
+        return float(np.median(values)) if len(values) else None
+
+    def summary(self, metric: str, where: Mapping[str, Any] | None = None) -> dict[str, float | int] | None:
+        """median, percentiles, ci95_low, ci95_high and n over the samples selected, or None where there are none."""
+        values = self.values(metric, where)
+        if not len(values):
+            return None
+        return summarise(values.tolist(), label=json.dumps([metric, dict(where or {})], sort_keys=True))
+
+    def limit(self, name: str) -> float | None:
+        """A certified rate as it was measured around this result (before and after)."""
+        return bracketed_limit(self.data.get("limits") or {}, name)
+
+
+def bracketed_limit(limits: Mapping[str, Any], name: str) -> float | None:
+    """The rate `name` of a result: the one it states, or the mean of what was measured before and after it."""
+    if limits.get(name) is not None:
+        return float(limits[name])
+    around = [limits[side][name] for side in ("before", "after") if (limits.get(side) or {}).get(name) is not None]
+    return float(np.mean(around)) if around else None
+
+
+def gpu_name(kind: Mapping[str, Any]) -> str | None:
+    return kind.get("gpu")
+
+
+def read(path: str | Path) -> ResultFile:
+    """One result file, checked by its schema.
+
+    Raises:
+        ResultError: it is missing (the rule to run is named), is not JSON, or is not a result.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ResultError(f"{path} is missing: run `snakemake {path}`")
+    return ResultFile(path, read_result(path))
+
+
+def read_comparable(paths: Iterable[str | Path]) -> list[ResultFile]:
+    """The files of one experiment, in the order given.
+
+    Raises:
+        ResultError: they come from different machines or from different code, and are not compared.
+    """
+    results = [read(path) for path in paths]
+    assert_comparable(result.data for result in results)
+    return results
+
+
+def read_folder(folder: str | Path, systems: Sequence[str]) -> list[ResultFile]:
+    """`read_comparable` over `{folder}/{system}.json` for those systems."""
+    return read_comparable(Path(folder) / f"{system}.json" for system in systems)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What certify said of the machine: `verdict` is pass, warn, fail or missing."""
+
+    path: Path
+    verdict: str
+
+    @property
+    def ok(self) -> bool:
+        return self.verdict in ("pass", "warn")
+
+
+def read_certificate(path: str | Path) -> Certificate:
+    """The machine's certificate; one that is not there certifies nothing, and says so."""
+    path = Path(path)
+    if not path.exists():
+        return Certificate(path, "missing")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ResultError(f"{path} is not JSON ({error}): delete it and run `snakemake {path}`") from error
+    return Certificate(path, str(data.get("verdict", "fail")).lower())
+
+
+def digest(paths: Iterable[str | Path]) -> str:
+    """A short digest over the bytes and names of the files that a figure was drawn from."""
+    total = hashlib.sha256()
+    for path in sorted(Path(item) for item in paths):
+        total.update(path.name.encode())
+        total.update(path.read_bytes() if path.exists() else b"missing")
+    return total.hexdigest()[:12]
+
+
+def in_words(status: str) -> str:
+    return status.replace("_", " ")
