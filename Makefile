@@ -12,7 +12,7 @@ CORES ?= 1
 override VENV := $(abspath $(VENV))
 export PATH := $(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-PIP := $(VENV)/bin/python -m pip --quiet --no-input
+PIP := $(VENV)/bin/python -m pip -qq --no-input
 
 # A stamp names the content that was installed, so set-up runs once per content, not once per file time.
 digest = $(shell { cat $(1); echo $(2); } | sha256sum | cut -c1-16)
