@@ -79,12 +79,15 @@ class Device(ABC):
         torch_device: where tensors over reserved addresses live.
         granularity_bytes: the smallest piece of physical memory.
         is_gpu: False for the emulated device, on which no claim about a GPU can hold.
+        pageable_copies: copies from and to host memory that is not pinned are allowed, though they block the caller;
+            set by `HostTier` when pinning is optional and was refused.
     """
 
     name: str
     torch_device: torch.device
     granularity_bytes: int
     is_gpu: bool
+    pageable_copies: bool = False
 
     def __init__(self) -> None:
         self._count_lock = threading.Lock()
