@@ -110,42 +110,40 @@ class Maker:
                 self.write(result)
 
     def resume(self) -> None:
-        """All methods of exp3 with their interleaved eager partner."""
-        whole = 2048 * KV_TOKEN
-        recompute = {layer: 2.9 * layer for layer in LAYERS}
-        rest = {layer: 117.0 - 2.9 * layer + 1.5 for layer in LAYERS}
-        systems = (
-            "eager",
-            "recompute",
-            "manual_offload_pageable",
-            "manual_offload_pinned",
-            "manual_offload_overlapped",
-        )
-        for system in (*systems, "djinn"):
-            result = self.result("resume", system, prompt_tokens=2048)
-            for layer in LAYERS:
-                states = ("A", "S") if system.startswith("manual") else ("S",)
-                for state in states:
-                    size = 20_971_520 + (whole * layer // 40 if state == "S" else 0)
-                    link = size / (RATE * 1e6)
-                    slow = link * RATE / 7 if "pageable" in system else link
-                    ready = {"eager": 0.02, "recompute": recompute[layer], "djinn": 0.43}.get(system, slow)
-                    ready = 0.41 if system.endswith("overlapped") else ready
-                    hides = system.endswith("overlapped") or system == "djinn"
-                    after = max(rest[layer], link if hides else 0) + (0.4 if hides else 0)
-                    for repeat in range(20):
-                        where = {"layer": layer, "state": state, "repeat": repeat}
-                        result.sample("ready_ms", self.jitter(ready), "ms", **where)
-                        result.sample("next_logits_ms", self.jitter(after if hides else ready + after), "ms", **where)
-                        result.sample("state_bytes", size, "bytes", **where)
-                        result.sample("theoretical_ms", link, "ms", **where)
-                        partner = {**where, "partner": "eager"}
-                        result.sample("next_logits_ms", self.jitter(rest[layer]), "ms", **partner)
-                        result.sample("pause_ms", self.jitter(0.3), "ms", **where)
-                        result.sample("drain_ms", self.jitter(link / 0.97), "ms", **where)
+        """All methods of exp3; djinn's file also holds its interleaved partners."""
+        for system in RESUME_METHODS:
+            result = self.result("resume", system, prompt_tokens=2048, layers=list(LAYERS))
+            partners = ("eager", "manual_offload_pinned", "manual_offload_overlapped") if system == "djinn" else ()
+            for method in (system, *partners):
+                for layer in LAYERS:
+                    for state in ("A", "S") if method.startswith("manual") else ("S",):
+                        self.resume_rows(result, method, layer, state)
             result.check("gpu_shared", system == "djinn", gate=False)
-            result.check("tokens_equal", True)
+            for name in ("tokens_equal", "logits_bit_equal_layer_1", "logits_bit_equal_layer_40", "reference_repeats"):
+                result.check(name, True)
             self.write(result)
+
+    def resume_rows(self, result: Result, method: str, layer: int, state: str) -> None:
+        whole, rest = 2048 * KV_TOKEN, 117.0 - 2.9 * layer + 1.5
+        size = 20_971_520 + (whole * layer // 40 if state == "S" else 0)
+        link = size / (RATE * 1e6)
+        hides = method in ("manual_offload_overlapped", "djinn")
+        ready = {"eager": 0.02, "recompute": 2.9 * layer, "djinn": 0.43, "manual_offload_overlapped": 0.41}
+        ready_ms = ready.get(method, link * RATE / 7 if "pageable" in method else link)
+        logits_ms = max(rest, link) + 0.4 if hides else ready_ms + rest
+        where = {"layer": layer, "state": state, "method": method}
+        for _ in range(10):
+            result.sample("ready_ms", self.jitter(ready_ms), "ms", **where)
+            result.sample("next_logits_ms", self.jitter(logits_ms), "ms", **where)
+            result.sample("state_bytes", size, "bytes", **where)
+            result.sample("theoretical_ms", link, "ms", **where)
+            result.sample("pause_ms", self.jitter(0.3), "ms", **where)
+            result.sample("drain_gbps", self.jitter(0.97 * RATE), "GB/s", **where)
+            if layer == LAYERS[0]:
+                token = {"eager": 4.0}.get(method, 4.0 + whole / (RATE * 1e6))
+                rows = {name: value for name, value in where.items() if name != "layer"}
+                result.sample("next_token_ms", self.jitter(token), "ms", **rows)
+                result.sample("state_bytes", whole, "bytes", **rows)
 
     def pressure(self, *, sessions: int = 50, cap: int = 80_000_000_000) -> None:
         """All systems of the pressure run: eager stops where the memory ends, djinn stays below the cap."""

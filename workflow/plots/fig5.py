@@ -1,8 +1,8 @@
 """Figure 5: streaming a model larger than its memory, against the rate of the link.
 
 The two groups, nothing resident and cap filled, are drawn on axes of their own: a system that may keep layers on the
-device is never put in one ratio with a system that may not. Each bar is the median over passes with its bootstrap
-interval; each dark tick is the host-to-device rate measured around that very result.
+device is never put in one ratio with a system that may not. Each mark is the median with its bootstrap interval; each dark
+tick is the host-to-device rate measured around that very result.
 """
 
 from __future__ import annotations
@@ -64,26 +64,43 @@ def bars(axes: Axes, rows: pd.DataFrame, axis_label: str, *, names: bool) -> Non
     for place, row in enumerate(rows.itertuples()):
         if pd.isna(row.median):
             words = row.status.replace("_", " ") if row.status != "ok" else "not measured"
-            axes.text(0, place, f" {words}", va="center", ha="left", color=style.PALE, fontsize=6, style="italic")
+            at = {"transform": axes.get_yaxis_transform(), "va": "center", "ha": "left"}
+            axes.text(0, place, f" {words}", color=style.PALE, fontsize=6, style="italic", **at)
             continue
-        error = None if row.n < 2 else ([row.median - row.ci95_low], [row.ci95_high - row.median])
-        axes.barh(
-            place, row.median, height=0.68, color=style.colour(row.system), xerr=error, error_kw={"elinewidth": 0.7}
-        )
-        reach = row.median if row.n < 2 else row.ci95_high
-        if row.metric == "effective_gbps" and pd.notna(row.h2d_gbps):
-            axes.plot([row.h2d_gbps] * 2, [place - 0.46, place + 0.46], color=style.INK, linewidth=1)
-            reach = max(reach, row.h2d_gbps) if row.median > 0.8 * row.h2d_gbps else reach
+        spread = [[row.median - row.ci95_low], [row.ci95_high - row.median]]
+        hue = style.colour(row.system)
+        reach = row.ci95_high
+        if row.unit == "s":
+            axes.errorbar(row.median, place, xerr=spread, fmt="o", markersize=4, color=hue, elinewidth=0.8)
+            axes.axhline(place, color="0.92", linewidth=0.5, zorder=0)
+        else:
+            axes.barh(place, row.median, height=0.68, color=hue, xerr=spread, error_kw={"elinewidth": 0.7})
+            if pd.notna(row.h2d_gbps):
+                axes.plot([row.h2d_gbps] * 2, [place - 0.46, place + 0.46], color=style.INK, linewidth=1)
+                reach = max(reach, row.h2d_gbps) if row.median > 0.7 * row.h2d_gbps else reach
         axes.annotate(
             f"{row.median:.3g}",
             (reach, place),
-            xytext=(2.5, 0),
+            xytext=(4, 0),
             textcoords="offset points",
             va="center",
             ha="left",
             fontsize=6,
             color=style.INK,
         )
+
+
+def share_axis(pair: list[Axes], *, logarithmic: bool, values: pd.Series) -> None:
+    """The same scale above and below: from zero for rates, decades for times, with room for the numbers."""
+    for axes in pair:
+        if logarithmic and len(values):
+            axes.set_xscale("log")
+            axes.set_xlim(0.5 * values.min(), 5 * values.max())
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter("")
+        elif len(values):
+            axes.set_xlim(0, 1.45 * values.max())
+    pair[0].tick_params(axis="x", labelbottom=False)
 
 
 def sweep(axes: Axes, rows: pd.DataFrame) -> None:
@@ -135,32 +152,28 @@ def draw(results_dir: Path, out: Path, csv: Path) -> None:
         left=0.185,
         right=0.99,
         top=0.92,
-        bottom=0.185,
+        bottom=0.21,
         wspace=0.12,
         hspace=0.5,
     )
-    for column, (metric, _, axis_label, title) in enumerate(METRICS):
-        widest = 0.0
+    for column, (metric, unit, axis_label, title) in enumerate(METRICS):
         pair = []
         for line, group in enumerate(STREAMING_GROUPS):
             axes = fig.add_subplot(grid[line, column])
             rows = drawn[(drawn["group"] == group) & (drawn["metric"] == metric)]
             bars(axes, rows, axis_label if line else "", names=column == 0)
-            widest = max(widest, axes.get_xlim()[1])
             pair.append(axes)
             if column == 0:
                 above = {"transform": axes.transAxes, "ha": "right", "va": "bottom", "fontsize": 6.5}
                 axes.text(-0.03, 1.0, group, color=style.INK, fontweight="bold", **above)
-        for axes in pair:
-            axes.set_xlim(0, widest * 1.2)
-        pair[0].set_xticklabels([])
+        share_axis(pair, logarithmic=unit == "s", values=drawn[drawn["metric"] == metric]["median"].dropna())
         style.panel(pair[0], LETTERS[column], title)
     axes = fig.add_subplot(grid[:, 3])
     box = axes.get_position()
     axes.set_position([box.x0 + 0.075, box.y0, box.width - 0.075, box.height])
     sweep(axes, drawn)
     style.panel(axes, LETTERS[3], "chunk sweep")
-    fig.text(0.185, 0.045, "| the host-to-device rate measured around each result", fontsize=5, color=style.INK)
+    fig.text(0.185, 0.04, "| the host-to-device rate measured around each result", fontsize=5, color=style.INK)
     inputs = [result.path for result in results.values()]
     style.finish(fig, list(results.values()), certificate, [*inputs, certificate.path])
     style.write(fig, out, drawn, csv)

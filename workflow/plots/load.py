@@ -93,15 +93,16 @@ class ResultFile:
         return rows if len(rows) else pd.DataFrame(columns=list(IDENTITY))
 
     def select(self, metric: str, where: Mapping[str, Any] | None = None) -> pd.DataFrame:
-        """The samples of a metric whose dimensions are those of `where`.
+        """The samples of a metric whose dimensions are those of `where`, in the order they were measured.
 
-        Rows of an interleaved partner carry the dimension `partner` and are left out unless `where` names it.
+        Rows of an interleaved partner carry its name in the dimension `method`; without one in `where` only the
+        file's own rows are taken.
         """
         wanted = dict(where or {})
         rows = self.samples
         rows = rows[rows["metric"] == metric]
-        if "partner" in rows.columns and "partner" not in wanted:
-            rows = rows[rows["partner"].isna()]
+        if "method" in rows.columns and "method" not in wanted:
+            rows = rows[rows["method"].isna() | (rows["method"] == self.system)]
         for name, value in wanted.items():
             if name not in rows.columns:
                 return rows.iloc[0:0]
