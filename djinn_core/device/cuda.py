@@ -1,0 +1,248 @@
+"""The device contract through the CUDA driver's virtual memory calls (`cuda.bindings.driver`).
+
+Invariant: every call runs with this device's primary context current, the one that torch uses, so that torch's streams,
+events and kernels and these calls see one device. Not taken: compiled code of our own, or `cudaMallocAsync` pools,
+whose memory cannot leave its address.
+
+A call costs a few microseconds of Python: property structures are built once, bound functions are kept.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from cuda.bindings import driver
+
+from djinn_core.device.base import Device, Event, Stream
+from djinn_core.errors import DeviceError, OutOfDeviceMemory, PinningRefused, TransferError
+
+_OUT_OF_MEMORY = driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
+_PORTABLE = driver.CU_MEMHOSTREGISTER_PORTABLE
+
+
+def describe(call: str, code: driver.CUresult) -> str:
+    """What the driver says about a failed call, in one line."""
+    found, text = driver.cuGetErrorString(code)
+    return f"{call} failed: {code.name}, {'no description' if found else text.decode()}"
+
+
+def checked(call: str, result: tuple[Any, ...]) -> Any:
+    """The value of a driver call's `result`. Raises DeviceError with the call's name and the driver's words."""
+    if result[0]:
+        raise DeviceError(describe(call, result[0]))
+    return result[1] if len(result) == 2 else None
+
+
+class _Bytes:
+    """Device bytes in the form that torch reads."""
+
+    def __init__(self, address: int, size_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (size_bytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 2,
+        }
+
+
+class CudaDevice(Device):
+    """GPU number `index`, as torch counts them.
+
+    A thread that makes another GPU current calls `bind_thread` again before it uses this device.
+    """
+
+    is_gpu = True
+
+    def __init__(self, index: int = 0) -> None:
+        super().__init__()
+        self.name = f"cuda:{index}"
+        self.torch_device = torch.device("cuda", index)
+        torch.cuda.init()
+        checked("cuInit", driver.cuInit(0))
+        self._number = checked("cuDeviceGet", driver.cuDeviceGet(index))
+        self._context = checked("cuDevicePrimaryCtxRetain", driver.cuDevicePrimaryCtxRetain(self._number))
+        self._bound = threading.local()
+        self._index = index
+
+        location = driver.CUmemLocation()
+        location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        location.id = int(self._number)
+        self._physical = driver.CUmemAllocationProp()
+        self._physical.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        self._physical.location = location
+        access = driver.CUmemAccessDesc()
+        access.location = location
+        access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        self._access = [access]
+
+        minimum = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+        self._enter()
+        self.granularity_bytes = checked(
+            "cuMemGetAllocationGranularity", driver.cuMemGetAllocationGranularity(self._physical, minimum)
+        )
+        self._capacity_bytes = checked("cuDeviceTotalMem", driver.cuDeviceTotalMem(self._number))
+        self._lock = threading.Lock()
+        self._reserved: dict[int, int] = {}
+        self._mapped: set[int] = set()
+        self._scratch: int | None = None
+        self._closed = False
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self._capacity_bytes
+
+    def create(self, size_bytes: int) -> int:
+        self._enter()
+        code, handle = driver.cuMemCreate(size_bytes, self._physical, 0)
+        if code:
+            if code == _OUT_OF_MEMORY:
+                free_bytes = self._memory()[0]
+                raise OutOfDeviceMemory(
+                    f"{self.name} is full ({describe('cuMemCreate', code)})",
+                    needed_bytes=size_bytes,
+                    free_bytes=free_bytes,
+                )
+            raise DeviceError(describe("cuMemCreate", code))
+        return int(handle)
+
+    def destroy(self, handle: int) -> None:
+        self._enter()
+        checked("cuMemRelease", driver.cuMemRelease(handle))
+
+    def reserve(self, size_bytes: int) -> int:
+        self._enter()
+        address = int(
+            checked("cuMemAddressReserve", driver.cuMemAddressReserve(size_bytes, self.granularity_bytes, 0, 0))
+        )
+        with self._lock:
+            self._reserved[address] = size_bytes
+        return address
+
+    def release(self, address: int, size_bytes: int) -> None:
+        self._enter()
+        checked("cuMemAddressFree", driver.cuMemAddressFree(address, size_bytes))
+        with self._lock:
+            self._reserved.pop(address, None)
+
+    def map(self, address: int, handle: int, size_bytes: int) -> None:
+        self._enter()
+        code = driver.cuMemMap(address, size_bytes, 0, handle, 0)[0]
+        if code:
+            raise DeviceError(f"{describe('cuMemMap', code)} at {address:#x} + {size_bytes:,}")
+        self._mapped.add(address)
+
+    def grant(self, address: int, size_bytes: int) -> None:
+        self._enter()
+        code = driver.cuMemSetAccess(address, size_bytes, self._access, 1)[0]
+        if code:
+            raise DeviceError(f"{describe('cuMemSetAccess', code)} at {address:#x} + {size_bytes:,}")
+
+    def unmap(self, address: int, size_bytes: int) -> None:
+        self._enter()
+        code = driver.cuMemUnmap(address, size_bytes)[0]
+        if code:
+            raise DeviceError(f"{describe('cuMemUnmap', code)} at {address:#x} + {size_bytes:,}")
+        self._mapped.discard(address)
+
+    def tensor(self, address: int, size_bytes: int) -> torch.Tensor:
+        """As the contract says. `address` begins a piece: one granule there is free, or a map begins at it."""
+        self._enter()
+        with self._lock:
+            borrowed = address not in self._mapped
+            if borrowed:  # torch asks the driver whose pointer this is, and the driver knows only mapped ones
+                if self._scratch is None:
+                    self._scratch = self.create(self.granularity_bytes)
+                self.map(address, self._scratch, self.granularity_bytes)
+            try:
+                if borrowed:
+                    self.grant(address, self.granularity_bytes)
+                return torch.as_tensor(_Bytes(address, size_bytes), device=self.torch_device)
+            finally:
+                if borrowed:
+                    self.unmap(address, self.granularity_bytes)
+
+    def stream(self, priority: int = 0) -> Stream:
+        return torch.cuda.Stream(self.torch_device, priority=priority)
+
+    def current_stream(self) -> Stream:
+        return torch.cuda.current_stream(self._index)
+
+    def event(self, timing: bool = False) -> Event:
+        return torch.cuda.Event(enable_timing=timing)
+
+    def launch(self, stream: Stream, work: Callable[[], None]) -> None:
+        self._enter()
+        with torch.cuda.stream(stream):
+            work()
+
+    def synchronize(self) -> None:
+        try:
+            torch.cuda.synchronize(self._index)
+        except RuntimeError as error:
+            raise DeviceError(f"{self.name} failed in queued work, its context is lost: {error}") from error
+
+    def _issue_copy(self, dst: torch.Tensor, src: torch.Tensor, stream: Stream) -> None:
+        if dst.dtype is not torch.uint8 or src.dtype is not torch.uint8:
+            raise TransferError(f"a copy is of uint8 tensors, not {src.dtype} into {dst.dtype}")
+        if not (dst.is_contiguous() and src.is_contiguous()):
+            raise TransferError("a copy is of contiguous tensors")
+        size_bytes = dst.numel()
+        if not size_bytes:
+            return
+        self._enter()
+        code = driver.cuMemcpyAsync(dst.data_ptr(), src.data_ptr(), size_bytes, stream.cuda_stream)[0]
+        if code:
+            raise TransferError(f"{describe('cuMemcpyAsync', code)} for {size_bytes:,} bytes; nothing was copied")
+
+    def pin(self, address: int, size_bytes: int) -> None:
+        self._enter()
+        code = driver.cuMemHostRegister(address, size_bytes, _PORTABLE)[0]
+        if code == _OUT_OF_MEMORY or code == driver.CUresult.CUDA_ERROR_NOT_PERMITTED:
+            raise PinningRefused(
+                f"host memory could not be page-locked ({describe('cuMemHostRegister', code)})",
+                needed_bytes=size_bytes,
+                free_bytes=0,
+            )
+        if code:
+            raise DeviceError(f"{describe('cuMemHostRegister', code)} for {size_bytes:,} bytes at {address:#x}")
+
+    def unpin(self, address: int, size_bytes: int) -> None:
+        self._enter()
+        checked("cuMemHostUnregister", driver.cuMemHostUnregister(address))
+
+    def bind_thread(self) -> None:
+        checked("cuCtxSetCurrent", driver.cuCtxSetCurrent(self._context))
+        torch.cuda.set_device(self._index)
+        self._bound.ready = True
+
+    def used_bytes(self) -> int:
+        self._enter()
+        free_bytes, total_bytes = self._memory()
+        return total_bytes - free_bytes
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        if self._reserved:
+            raise DeviceError(f"{len(self._reserved)} reservations are still held; release them before close")
+        self.synchronize()
+        if self._scratch is not None:
+            self.destroy(self._scratch)
+            self._scratch = None
+        self._closed = True
+        checked("cuDevicePrimaryCtxRelease", driver.cuDevicePrimaryCtxRelease(self._number))
+
+    def _enter(self) -> None:
+        """Make the context current on a thread that nobody bound."""
+        if not hasattr(self._bound, "ready"):
+            checked("cuCtxSetCurrent", driver.cuCtxSetCurrent(self._context))
+            self._bound.ready = True
+
+    def _memory(self) -> tuple[int, int]:
+        code, free_bytes, total_bytes = driver.cuMemGetInfo()
+        if code:
+            raise DeviceError(describe("cuMemGetInfo", code))
+        return free_bytes, total_bytes
