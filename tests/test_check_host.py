@@ -1,0 +1,70 @@
+"""What set-up says about a machine that lacks something: one line, with the package, and it stops only if it must."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "envs" / "check_host.sh"
+
+
+def check(folder: Path, *, python: str | None, compiler: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run the script on a machine that has nothing but `folder` on its PATH."""
+    (folder / "sh").symlink_to(shutil.which("sh"))
+    (folder / "cat").symlink_to(shutil.which("cat"))
+    if python is not None:
+        (folder / "python3").write_text(python)
+        (folder / "python3").chmod(0o755)
+    if compiler:
+        (folder / "g++").write_text("#!/bin/sh\n")
+        (folder / "g++").chmod(0o755)
+    return subprocess.run(["sh", SCRIPT, "python3"], env={"PATH": str(folder)}, capture_output=True, text=True)
+
+
+def real(before: str = "") -> str:
+    """This Python, behind a script that can pretend."""
+    return f'#!/bin/sh\n{before}\nexec {sys.executable} "$@"\n'
+
+
+def test_no_python(tmp_path: Path) -> None:
+    said = check(tmp_path, python=None)
+    assert said.returncode == 1
+    assert said.stderr.count("\n") == 1
+    assert "apt-get install python3 python3-venv" in said.stderr
+
+
+def test_python_too_old(tmp_path: Path) -> None:
+    old = '#!/bin/sh\n[ "$1" = -V ] && echo Python 3.9.2\nexit 1\n'
+    said = check(tmp_path, python=old)
+    assert said.returncode == 1
+    assert said.stderr.count("\n") == 1
+    assert "3.11 or newer is needed, Python 3.9.2 is here" in said.stderr
+
+
+def test_no_venv_stops_before_anything_else(tmp_path: Path) -> None:
+    said = check(tmp_path, python=real('case "$2" in *ensurepip*) exit 1;; esac'), compiler=False)
+    assert said.returncode == 1
+    assert said.stderr.count("\n") == 1
+    assert "apt-get install python3-venv" in said.stderr
+
+
+def test_no_compiler_is_a_notice(tmp_path: Path) -> None:
+    said = check(tmp_path, python=real(), compiler=False)
+    assert said.returncode == 0
+    assert said.stderr.count("\n") == 1
+    assert "apt-get install g++" in said.stderr
+    assert "deepspeed_nvme will be reported as unsupported" in said.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/usr/include/libaio.h"), reason="libaio-dev is not installed here")
+def test_nothing_is_said_when_nothing_is_missing(tmp_path: Path) -> None:
+    said = check(tmp_path, python=real())
+    assert (said.returncode, said.stderr) == (0, "") or "python3-dev" in said.stderr
+
+
+def test_libaio_is_named(tmp_path: Path) -> None:
+    said = check(tmp_path, python=real())
+    assert ("libaio-dev" in said.stderr) == (not os.path.exists("/usr/include/libaio.h"))
