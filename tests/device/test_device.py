@@ -1,0 +1,208 @@
+"""The device contract, on every device of this machine."""
+
+import pytest
+import torch
+
+from djinn_core.device import Direction, open_device
+from djinn_core.errors import ConfigError, DeviceError, OutOfDeviceMemory
+from djinn_core.memory import HostTier
+
+
+@pytest.fixture
+def host(device):
+    tier = HostTier(device, 64 << 20)
+    blocks = []
+
+    def make(size_bytes):
+        blocks.append(tier.allocate(size_bytes, "test"))
+        return blocks[-1].tensor
+
+    yield make
+    device.synchronize()
+    for block in blocks:
+        block.free()
+    tier.close()
+
+
+@pytest.fixture
+def place(device):
+    """Four granules of reserved addresses: (address, granule, tensor)."""
+    unit = device.granularity_bytes
+    address = device.reserve(4 * unit)
+    yield address, unit, device.tensor(address, 4 * unit)
+    device.release(address, 4 * unit)
+
+
+def put(device, address, handle, size_bytes):
+    device.map(address, handle, size_bytes)
+    device.grant(address, size_bytes)
+
+
+def test_bytes_and_address_hold_across_unmap_and_map(device, place):
+    address, unit, tensor = place
+    handle = device.create(unit)
+    put(device, address, handle, unit)
+    tensor[:unit].copy_(torch.arange(unit) % 251)
+    pointer = tensor.data_ptr()
+    device.synchronize()
+    device.unmap(address, unit)
+    put(device, address, handle, unit)
+    assert torch.equal(tensor[:unit].cpu(), (torch.arange(unit) % 251).to(torch.uint8))
+    assert tensor.data_ptr() == pointer == address
+    device.unmap(address, unit)
+    device.destroy(handle)
+
+
+def test_a_handle_mapped_twice_shows_the_same_bytes(device, place):
+    address, unit, tensor = place
+    handle = device.create(unit)
+    put(device, address, handle, unit)
+    put(device, address + 2 * unit, handle, unit)
+    tensor[:unit].fill_(3)
+    device.synchronize()
+    assert (tensor[2 * unit : 3 * unit] == 3).all()
+    device.unmap(address, unit)
+    device.unmap(address + 2 * unit, unit)
+    device.destroy(handle)
+
+
+def test_one_grant_covers_neighbouring_maps(device, place):
+    address, unit, tensor = place
+    handles = [device.create(unit) for _ in range(4)]
+    for i, handle in enumerate(handles):
+        device.map(address + i * unit, handle, unit)
+    device.grant(address, 4 * unit)
+    tensor.fill_(9)
+    device.synchronize()
+    assert int(tensor.sum(dtype=torch.int64)) == 9 * 4 * unit
+    for i, handle in enumerate(handles):
+        device.unmap(address + i * unit, unit)
+        device.destroy(handle)
+
+
+def test_a_thousand_cycles_do_not_drift(device, place):
+    address, unit, tensor = place
+    handle = device.create(unit)
+    put(device, address, handle, unit)
+    tensor[:unit].fill_(7)
+    device.synchronize()
+    used = device.used_bytes()
+    for _ in range(1000):
+        device.unmap(address, unit)
+        put(device, address, handle, unit)
+    assert abs(device.used_bytes() - used) < unit
+    assert (tensor[:unit] == 7).all()
+    device.unmap(address, unit)
+    device.destroy(handle)
+
+
+def test_used_bytes_follow_create_and_destroy(device):
+    size_bytes = 8 * device.granularity_bytes
+    before = device.used_bytes()
+    handle = device.create(size_bytes)
+    assert device.used_bytes() - before >= size_bytes
+    device.destroy(handle)
+    assert device.used_bytes() - before < size_bytes
+
+
+def test_create_beyond_capacity_says_what_is_needed_and_free(device):
+    size_bytes = (device.capacity_bytes // device.granularity_bytes + 1) * device.granularity_bytes
+    with pytest.raises(OutOfDeviceMemory) as refused:
+        device.create(size_bytes)
+    assert refused.value.needed_bytes == size_bytes
+    assert 0 < refused.value.free_bytes <= device.capacity_bytes
+
+
+def test_a_second_map_at_one_address_is_refused(device, place):
+    address, unit, _ = place
+    handle = device.create(unit)
+    device.map(address, handle, unit)
+    with pytest.raises(DeviceError):
+        device.map(address, handle, unit)
+    device.unmap(address, unit)
+    with pytest.raises(DeviceError):
+        device.unmap(address, unit)
+    device.destroy(handle)
+
+
+def test_copies_arrive_and_are_counted(device, place, host):
+    address, unit, tensor = place
+    handle = device.create(unit)
+    put(device, address, handle, unit)
+    there, back = host(1000), host(1000)
+    there.copy_(torch.arange(1000) % 256)
+    stream, event, start = device.stream(), device.event(timing=True), device.event(timing=True)
+    start.record(stream)
+    device.copy(tensor[24:1024], there, stream, Direction.H2D)
+    device.copy(back, tensor[24:1024], stream, Direction.D2H)
+    event.record(stream)
+    event.synchronize()
+    assert event.query()
+    assert start.elapsed_time(event) >= 0
+    assert torch.equal(back, there)
+    assert (device.copied.h2d_bytes, device.copied.d2h_bytes, device.copied.d2d_bytes) == (1000, 1000, 0)
+    device.synchronize()
+    device.unmap(address, unit)
+    device.destroy(handle)
+
+
+def test_a_stream_waits_for_another_ones_event(device, place, host):
+    address, unit, tensor = place
+    handle = device.create(unit)
+    put(device, address, handle, unit)
+    there, back = host(unit // 2), host(unit // 2)
+    first, second = device.stream(), device.stream(priority=-1)
+    for value in range(1, 20):
+        there.fill_(value)
+        device.copy(tensor[: unit // 2], there, first, Direction.H2D)
+        device.launch(first, lambda: tensor[: unit // 2].add_(1))
+        event = device.event()
+        event.record(first)
+        second.wait_event(event)
+        device.copy(back, tensor[: unit // 2], second, Direction.D2H)
+        second.synchronize()
+        assert (back == value + 1).all()
+    device.synchronize()
+    device.unmap(address, unit)
+    device.destroy(handle)
+
+
+def test_the_callers_stream_is_gated_by_an_event(device, place, host):
+    address, unit, tensor = place
+    handle = device.create(unit)
+    put(device, address, handle, unit)
+    source, stream, event = host(unit // 2), device.stream(), device.event()
+    for value in range(20):
+        source.fill_(value)
+        device.copy(tensor[: unit // 2], source, stream, Direction.H2D)
+        event.record(stream)
+        device.current_stream().wait_event(event)
+        assert (tensor[: unit // 2] == value).all()
+    device.synchronize()
+    device.unmap(address, unit)
+    device.destroy(handle)
+
+
+def test_an_unrecorded_event_is_complete(device):
+    event = device.event()
+    assert event.query()
+    event.synchronize()
+    device.current_stream().wait_event(event)
+
+
+def test_close_is_refused_while_addresses_are_reserved(device):
+    address = device.reserve(device.granularity_bytes)
+    with pytest.raises(DeviceError, match="reservations"):
+        device.close()
+    device.release(address, device.granularity_bytes)
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:x", "cpu:0", "cuda:", ""])
+def test_unknown_names_are_refused(name):
+    with pytest.raises(ConfigError):
+        open_device(name, capacity_bytes=1 << 20)
+
+
+def test_the_emulated_device_needs_a_size():
+    with pytest.raises(ConfigError, match="capacity_bytes"):
+        open_device("cpu")
