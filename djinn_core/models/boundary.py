@@ -66,6 +66,10 @@ class PassStopped(Exception):
     """Raised by `PassControl.after_layer` to end the pass at that layer. The session catches it; users never see it."""
 
 
+# What layers of a class return (see `Boundary.arity`), learned when one first runs: a model's twin teaches it.
+_ARITY: dict[type[nn.Module], int] = {}
+
+
 class NullProvider:
     """Weights that are always in place (a resident model, a stock twin)."""
 
@@ -94,11 +98,10 @@ class Boundary:
         layers: nn.ModuleList,
         provider: WeightsProvider,
         turn: AbstractContextManager[Any],
-        arity: int | None,
     ) -> None:
         self.provider = provider
         self.executed = [0] * len(layers)
-        self.arity = _declared_arity(layers[0]) if arity is None else arity
+        self.arity = _ARITY.get(type(layers[0]), _declared_arity(layers[0]))
         self._decoder = decoder
         self._layers = layers
         self._turn = turn
@@ -179,7 +182,7 @@ class Boundary:
             control = self._control
             out = run(args, kwargs) if control is None else controlled(control, args, kwargs)
             if self.arity is None:
-                self.arity = len(out) if type(out) is tuple else 0
+                self.arity = _ARITY[type(self._layers[0])] = len(out) if type(out) is tuple else 0
             if provider.inference_only and (out[0] if type(out) is tuple else out).requires_grad:
                 raise UsageError(
                     f"layer {index} ran with gradients, and its weights are streamed: a backward pass would read "
@@ -206,8 +209,6 @@ def install(
     stack: Any,
     provider: WeightsProvider,
     turn: AbstractContextManager[Any],
-    *,
-    arity: int | None = None,
 ) -> Boundary:
     """Wrap `stack.decoder` and each of `stack.layers`, once and for good.
 
@@ -216,14 +217,13 @@ def install(
         stack: anything with `decoder` (its forward runs embed -> layers -> norm) and `layers`.
         provider: puts weights in place.
         turn: entered around each pass.
-        arity: see `Boundary.arity`; taken from the layer's return annotation or its first run when not given.
 
     Raises:
         UsageError: the model is wrapped already.
     """
     if hasattr(model, "_djinn_boundary"):
         raise UsageError("this model is wrapped already; a model belongs to one runtime")
-    boundary = Boundary(stack.decoder, stack.layers, provider, turn, arity)
+    boundary = Boundary(stack.decoder, stack.layers, provider, turn)
     model._djinn_boundary = boundary
     return boundary
 

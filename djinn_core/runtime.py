@@ -1,0 +1,272 @@
+"""The runtime: one device, its budget, and the models and sessions that share it.
+
+`budget_bytes` caps all device memory of the process. It is split once, when the runtime opens:
+
+    context       measured: what the driver and its kernels take, plus a margin for kernels loaded later
+    activations   reserved for torch's allocator and enforced on it
+    extents       the rest: resident weights, rings, KV, staging
+
+Not taken: one common pool for activations and extents. torch's allocator cannot be asked to give memory back in the
+middle of a pass, so a fixed border is the only one that holds.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from djinn_core import context
+from djinn_core.device import open_device
+from djinn_core.errors import ConfigError, OutOfDeviceMemory, SessionStateError
+from djinn_core.loading import load_model
+from djinn_core.memory import DiskTier, ExtentPool, HostTier, Ledger, Memory
+from djinn_core.memory.hostmapping import available_bytes
+from djinn_core.models.source import open_source
+from djinn_core.turn import Turn
+from djinn_core.weights.plan import Residency
+
+if TYPE_CHECKING:
+    from djinn_core.sessions.policy import Policy
+
+HOST_SHARE = 0.8  # of the memory that the machine has free, when host_bytes is not given
+DEVICE_SHARE = 0.9  # of the memory that the GPU has free, when budget_bytes is not given
+ACTIVATION_SHARE = 8  # activations get an eighth of the budget, within these two
+ACTIVATION_LEAST_BYTES, ACTIVATION_MOST_BYTES = 256 << 20, 4 << 30
+
+
+class Runtime:
+    """One device and what shares it. A context manager; `close` gives everything back.
+
+    Attributes:
+        device, pool, host, disk, ledger: the parts, for the sessions room and for experiments.
+        turn: passes on the device, in order of arrival.
+        budget_bytes, context_bytes, activation_bytes: the split.
+    """
+
+    def __init__(
+        self,
+        device: str = "auto",
+        *,
+        budget_bytes: int | None = None,
+        activation_bytes: int | None = None,
+        host_bytes: int | None = None,
+        disk_path: str | Path | None = None,
+        disk_bytes: int = 0,
+        pool_reserve_bytes: int = 0,
+        pinning: Literal["required", "optional"] = "required",
+        policy: Policy | None = None,
+    ) -> None:
+        """
+        Args:
+            device: ``"cuda:N"``, ``"cpu"`` (an emulated device), or ``"auto"``: the first GPU, else ``"cpu"``.
+            budget_bytes: the cap on all device memory of this process. A GPU's default is 90 % of what is free; the
+                emulated device has none and must be given one.
+            activation_bytes: reserved for torch's allocator. On a GPU an eighth of the budget by default, at least
+                256 MiB and at most 4 GiB; on the emulated device 0, where it is counted but cannot be enforced.
+            host_bytes: pinned host memory for weights and paused sessions; by default 80 % of what is available.
+            disk_path, disk_bytes: a folder and a budget for what host memory cannot hold; none by default.
+            pool_reserve_bytes: free extents kept from the driver for quick reuse.
+            pinning: ``"optional"`` goes on with pageable memory where the system refuses to lock it, slowly.
+            policy: chooses which paused sessions leave the device; the default looks at `expected_resume_s`, last use
+                and size.
+
+        Raises:
+            ConfigError: a budget is missing or out of range.
+            OutOfDeviceMemory: the context and the activations alone exceed the budget.
+        """
+        _check_sizes(
+            budget_bytes=budget_bytes,
+            activation_bytes=activation_bytes,
+            host_bytes=host_bytes,
+            disk_bytes=disk_bytes,
+            pool_reserve_bytes=pool_reserve_bytes,
+        )
+        if bool(disk_path) != bool(disk_bytes):
+            raise ConfigError("a disk tier needs both disk_path and disk_bytes")
+        if device == "auto":
+            device = "cuda:0" if torch.cuda.is_available() else "cpu"
+        self.turn = Turn()
+        self._models: dict[str, PreTrainedModel] = {}
+        self._names = itertools.count(1)
+        self._policy = policy
+        self._sessions: Any = None
+        self._closed = False
+        with ExitStack() as held:
+            if device == "cpu":
+                self._open_emulated(budget_bytes, activation_bytes)
+            else:
+                self._open_gpu(device, budget_bytes, activation_bytes, held)
+            held.callback(self.device.close)
+            self.pool = ExtentPool(self.device, self._extent_bytes, reserve_bytes=pool_reserve_bytes)
+            held.callback(self.pool.close)
+            if host_bytes is None:
+                host_bytes = int(available_bytes() * HOST_SHARE)
+            self.host = HostTier(self.device, host_bytes, pinning=pinning)
+            held.callback(self.host.close)
+            self.disk = DiskTier(disk_path, disk_bytes) if disk_path else None
+            if self.disk is not None:
+                held.callback(self.disk.close)
+            self.ledger = Ledger(
+                self.pool,
+                self.host,
+                self.disk,
+                context_bytes=self.context_bytes,
+                activation_bytes=self.activation_bytes,
+                budget_bytes=self.budget_bytes,
+            )
+            self._held = held.pop_all()
+
+    def _open_emulated(self, budget_bytes: int | None, activation_bytes: int | None) -> None:
+        if budget_bytes is None:
+            raise ConfigError(
+                "no GPU here, or device='cpu' was asked for: the emulated device needs budget_bytes, the size of the "
+                "memory that it emulates"
+            )
+        self.budget_bytes, self.activation_bytes, self.context_bytes = budget_bytes, activation_bytes or 0, 0
+        self._extent_bytes = self._extents()
+        self.device = open_device("cpu", capacity_bytes=self._extent_bytes)
+
+    def _open_gpu(self, name: str, budget_bytes: int | None, activation_bytes: int | None, held: ExitStack) -> None:
+        measured = context.ContextMeasurement(name)
+        self.device = open_device(name)
+        self.context_bytes = measured.finish(self.device)
+        if budget_bytes is None:
+            budget_bytes = int((measured.free_before_bytes) * DEVICE_SHARE)
+        self.budget_bytes = budget_bytes
+        if activation_bytes is None:
+            activation_bytes = min(max(budget_bytes // ACTIVATION_SHARE, ACTIVATION_LEAST_BYTES), ACTIVATION_MOST_BYTES)
+        self.activation_bytes = activation_bytes
+        try:
+            self._extent_bytes = self._extents()
+        except OutOfDeviceMemory:
+            self.device.close()
+            raise
+        context.cap_activations(self.device, activation_bytes)
+        held.callback(context.uncap_activations, self.device)
+
+    def _extents(self) -> int:
+        fixed = self.context_bytes + self.activation_bytes
+        if fixed >= self.budget_bytes:
+            raise OutOfDeviceMemory(
+                f"budget_bytes leaves nothing for weights and sessions: the driver's context takes "
+                f"{self.context_bytes:,} bytes and activations are given {self.activation_bytes:,}; raise budget_bytes "
+                "or lower activation_bytes",
+                needed_bytes=fixed,
+                free_bytes=self.budget_bytes,
+            )
+        return self.budget_bytes - fixed
+
+    # models
+
+    def load(
+        self,
+        source: str | Path | PretrainedConfig,
+        *,
+        dtype: torch.dtype | str | None = None,
+        resident_layers: Residency = "fill",
+        slots: int | None = None,
+        chunk_bytes: int | None = None,
+        keep_free_bytes: int = 0,
+        seed: int = 0,
+        prove: bool = True,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> PreTrainedModel:
+        """A Hugging Face model within this runtime's budget: `model(...)` and `model.generate(...)` run unmodified.
+
+        Layers that do not stay on the device are streamed through a ring in every pass. Outside of its turn in a pass
+        a streamed layer's parameters show whatever lies in the ring, so read weights from the checkpoint instead.
+
+        Args:
+            source: a folder of safetensors, a hub id in the local cache, the name or JSON file of an architecture
+                (seeded random weights), or a config.
+            dtype: of the weights; as stored by default.
+            resident_layers: ``"fill"`` keeps what fits, ``"none"``, ``"all"``, or a number of layers.
+            slots: of the ring; by default 4, or a near number at which addresses are stable.
+            chunk_bytes: the largest single copy, at most a layer; 64 MiB by default.
+            keep_free_bytes: device memory that ``"fill"`` must leave for sessions.
+            seed: of random weights.
+            prove: run the model's two-layer twin against the stock model first, bit for bit.
+            progress: called with (bytes done, bytes in all) as weights are read.
+
+        Raises:
+            ConfigError: a setting is unknown or out of range.
+            UnsupportedModel: the twin differs from the stock model; the message says where.
+            WeightsError: the checkpoint is incomplete or damaged.
+            CapacityError: the budget of the device or the host is too small; carries bytes needed and free.
+        """
+        self._check_open()
+        _check_sizes(keep_free_bytes=keep_free_bytes)
+        weights = open_source(source, dtype=dtype, seed=seed)
+        name = f"model {next(self._names)}"
+        model = load_model(
+            self,
+            weights,
+            name=name,
+            resident_layers=resident_layers,
+            slots=slots,
+            chunk_bytes=chunk_bytes,
+            keep_free_bytes=keep_free_bytes,
+            progress=progress,
+        )
+        self._models[name] = model
+        return model
+
+    def unload(self, model: PreTrainedModel) -> None:
+        """Give a model's memory back. Close its sessions first.
+
+        Raises:
+            SessionStateError: a session on it is open, or it is not this runtime's.
+        """
+        loaded = getattr(model, "djinn", None)
+        if loaded is None or self._models.get(loaded.name) is not model:
+            raise SessionStateError("the model is not loaded in this runtime (any more)")
+        with self.turn:
+            loaded.close()
+        del self._models[loaded.name]
+
+    @property
+    def models(self) -> tuple[PreTrainedModel, ...]:
+        """The models that are loaded."""
+        return tuple(self._models.values())
+
+    # everyone
+
+    def memory(self) -> Memory:
+        """Who holds the memory, now; prints as a table."""
+        self._check_open()
+        return self.ledger.snapshot()
+
+    def close(self) -> None:
+        """Close sessions, unload models, and give all memory back. Twice is once."""
+        if self._closed:
+            return
+        with self.turn:
+            for model in self.models:
+                self.unload(model)
+            self._closed = True
+            self._held.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SessionStateError("the runtime is closed; make a new one")
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _check_sizes(**sizes: int | None) -> None:
+    for name, size in sizes.items():
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
+            raise ConfigError(f"{name} is {size!r}; it is a number of bytes, a whole number from 0")
