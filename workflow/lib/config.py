@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import pynvml
 import yaml
 
 from workflow.lib import models
@@ -50,6 +52,31 @@ def load_config(run: str, overrides: list[str] | None = None, *, folder: Path = 
     check(settings, where=str(path))
     settings["overrides"] = list(overrides or [])
     return settings
+
+
+def auto_run(*, folder: Path = CONFIG) -> str:
+    """The largest preset whose GPU memory and host memory this machine has; `cpu` without a GPU."""
+    gpu_bytes = first_gpu_bytes()
+    host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for run in PRESETS[:-1]:
+        needs = read_yaml(folder / "presets" / f"{run}.yaml")["machine"]["needs"]
+        if gpu_bytes >= needs["device_bytes"] and host_bytes >= needs["host_bytes"]:
+            return run
+    return PRESETS[-1]
+
+
+def first_gpu_bytes() -> int:
+    """Memory of the first GPU; 0 without a driver."""
+    try:
+        pynvml.nvmlInit()
+    except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
+        return 0
+    try:
+        if pynvml.nvmlDeviceGetCount() == 0:
+            return 0
+        return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).total)
+    finally:
+        pynvml.nvmlShutdown()
 
 
 def section(settings: dict[str, Any], experiment: str) -> dict[str, Any]:
@@ -94,9 +121,8 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
 
 def check(settings: dict[str, Any], where: str) -> None:
     """Refuse settings that the schema or the model does not allow."""
-    error = jsonschema.exceptions.best_match(
-        jsonschema.Draft202012Validator(schema("config")).iter_errors(settings), key=lambda e: (-len(e.path), e.validator)
-    )
+    validator = jsonschema.Draft202012Validator(schema("config"))
+    error = min(validator.iter_errors(settings), key=lambda error: list(map(str, error.absolute_path)), default=None)
     if error is not None:
         raise SettingsError(f"{where}: {explain(error)}")
     for experiment in EXPERIMENTS:
@@ -126,33 +152,32 @@ def hint(unknown: str, allowed: list[str]) -> str:
 
 def check_against_model(experiment: str, settings: dict[str, Any], where: str) -> None:
     """Layers within the model's depth, chunks within a ring slot, prompts within its positions."""
-    shape = models.shape_of(settings["model"], settings["dtype"])
+    try:
+        shape = models.shape_of(settings["model"], settings["dtype"])
+    except FileNotFoundError as error:
+        known = ", ".join(sorted(file.stem for file in models.ARCHITECTURES.glob("*.json")))
+        raise SettingsError(
+            f"{where}: {experiment}.model.name: no architecture {settings['model']['name']!r}; allowed: {known}"
+        ) from error
     if shape is None:
         return
-    for key in ("layers", "accuracy_layers"):
-        for layer in settings.get(key, []):
+    name = shape.name
+    for key in ("layers", "accuracy_layers", "pause_layer", "steering_layer"):
+        value = settings.get(key, [])
+        for layer in value if isinstance(value, list) else [value]:
             if not 1 <= layer <= shape.layers:
-                raise SettingsError(
-                    f"{where}: {experiment}.{key}: layer {layer} is out of range; {shape.name} allows 1 to {shape.layers}"
-                )
-    for key in ("pause_layer", "steering_layer"):
-        layer = settings.get(key)
-        if layer is not None and not 1 <= layer <= shape.layers:
-            raise SettingsError(
-                f"{where}: {experiment}.{key}: layer {layer} is out of range; {shape.name} allows 1 to {shape.layers}"
-            )
+                allowed = f"{name} allows 1 to {shape.layers}"
+                raise SettingsError(f"{where}: {experiment}.{key}: layer {layer} is out of range; {allowed}")
     for system, chunk_bytes in settings.get("chunk_bytes", {}).items():
         if chunk_bytes > shape.layer_bytes:
             raise SettingsError(
-                f"{where}: {experiment}.chunk_bytes.{system}: a chunk of {chunk_bytes:,} bytes is larger than a ring slot; "
-                f"a layer of {shape.name} in {settings['dtype']} allows at most {shape.layer_bytes:,}"
+                f"{where}: {experiment}.chunk_bytes.{system}: a chunk of {chunk_bytes:,} bytes is larger than a ring "
+                f"slot; a layer of {name} in {settings['dtype']} allows at most {shape.layer_bytes:,}"
             )
-    prompt_tokens = settings.get("prompt_tokens", 0)
-    if shape.max_positions is not None and prompt_tokens >= shape.max_positions:
-        raise SettingsError(
-            f"{where}: {experiment}.prompt_tokens: {prompt_tokens} leaves no room to generate; {shape.name} allows up to "
-            f"{shape.max_positions - 1}"
-        )
+    tokens = settings.get("prompt_tokens", 0)
+    if shape.max_positions is not None and tokens >= shape.max_positions:
+        allowed = f"{name} allows up to {shape.max_positions - 1}"
+        raise SettingsError(f"{where}: {experiment}.prompt_tokens: {tokens} leaves no room to generate; {allowed}")
 
 
 def canonical(settings: dict[str, Any], experiment: str) -> str:

@@ -13,16 +13,22 @@ unsupported, inconclusive, a broken gate) exits 0 with its file; a bug writes no
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
-import sys
+import os
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from workflow.lib import children, identity, limits, machine
+import torch
+
+from djinn_core import machine
+from djinn_core.errors import CapacityError, DjinnError, PinningRefused, UnsupportedModel
+from workflow.lib import children, identity, limits
 from workflow.lib.config import SettingsError, load_config, section
 from workflow.lib.gpulock import gpu_lock
 from workflow.lib.memory import MemorySampler
@@ -30,6 +36,8 @@ from workflow.lib.progress import Progress
 from workflow.lib.results import Result
 
 log = logging.getLogger("djinn.experiment")
+Measure = Callable[[str, dict[str, Any]], dict[str, float | None]]
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class Outcome(Exception):
@@ -89,21 +97,182 @@ def arguments(experiment: str, *, systems: Sequence[str] = (), argv: Sequence[st
     return parser.parse_args(argv)
 
 
+def start_logging(path: Path | None) -> None:
+    """The log goes to `path`, warnings also to stderr; without a path all of it goes to stderr."""
+    to_stderr = logging.StreamHandler()
+    handlers: list[logging.Handler] = [to_stderr]
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(path, mode="w", encoding="utf-8"))
+        to_stderr.setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, handlers=handlers, force=True)
+
+
+def read_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The run's checked settings; wrong ones end the process with status 2 and one line."""
+    try:
+        return load_config(args.run, args.overrides)
+    except SettingsError as error:
+        log.error("%s", error)
+        raise SystemExit(2) from error
+
+
+def begin(args: argparse.Namespace) -> dict[str, Any]:
+    """Log, settings, and an end that leaves nothing behind; what every script does first."""
+    start_logging(args.log)
+    children.terminate_cleanly()
+    pipeline = children.pipeline_pid()
+    if pipeline is not None:
+        children.end_with(pipeline)
+    return read_settings(args)
+
+
+def lock_of(device: str) -> Any:
+    """The lock that a job on `device` must hold: none on the emulated device."""
+    uuid = machine.gpu_uuid() if device != "cpu" else None
+    return nullcontext(0.0) if uuid is None else gpu_lock(uuid)
+
+
 @contextmanager
 def experiment(
-    args: argparse.Namespace,
-    *,
-    experiment: str,
-    system: str,
-    measure: Callable[[str, dict[str, Any]], dict[str, float | None]] | None = None,
+    args: argparse.Namespace, *, experiment: str, system: str, measure: Measure = limits.measure
 ) -> Iterator[Experiment]:
     """Run the body of a `with` as one experiment; see the module's text.
 
     Args:
-        measure: how the link is measured, for tests; the default is `limits.measure`.
+        measure: how the link is measured.
 
     Raises:
-        SystemExit: with status 2 and one line, the settings are wrong.
+        SystemExit: with status 2 and one line, the settings are wrong; with status 0 before the body, the file is
+            written and says why nothing was measured.
     """
-    raise NotImplementedError
-    yield
+    settings = begin(args)
+    config = section(settings, experiment)
+    device = config["machine"]["device"]
+    result = Result(experiment, system, args.run, config)
+    progress = Progress(f"{experiment}/{system}")
+    with lock_of(device) as waited_s:
+        log.info("%s/%s on %s, waited %.1f s for it", experiment, system, device, waited_s)
+        uuid = describe(result, device)
+        reason = what_is_missing(config, result.machine, system)
+        if reason is not None:
+            leave_early(result, args.out, "unsupported", reason)
+        if result.machine["state"]["before"]["foreign_processes"]:
+            leave_early(result, args.out, "inconclusive", foreign_reason(result, "before"))
+        baseline_bytes = machine.device_used_bytes(uuid) if uuid is not None and device != "cpu" else None
+        equal_conditions(config)
+        before = measure(device, config["machine"])
+        result.limits = {"before": before}
+        exp = Experiment(result, config, settings, device, baseline_bytes, progress, args.out)
+        began_s = time.monotonic()
+        try:
+            yield exp
+        except BaseException as error:
+            status = status_of(error)
+            if status is None:
+                log.exception("%s/%s failed on an error that nobody foresaw: no file", experiment, system)
+                raise
+            log.warning("%s: %s", status, error)
+            result.fail(status, f"{type(error).__name__}: {error}")
+            traceback.clear_frames(error.__traceback__)  # their tensors would stand in the way of the next measurement
+        took_s = time.monotonic() - began_s
+        give_back_memory(device)
+        result.limits = limits.bracket(before, measure(device, config["machine"]), config["machine"])
+        result.machine["state"]["after"] = machine.state(uuid)
+    judge(result)
+    result.write(args.out)
+    log.info(
+        "%s/%s: %s in %.1f s of %.1f s in all, %d samples, in %s%s",
+        *(experiment, system, result.status, took_s, progress.elapsed_s, len(result.samples), args.out),
+        f" ({result.reason})" if result.reason else "",
+    )
+
+
+def describe(result: Result, device: str) -> str | None:
+    """Fill in machine, source and libraries; returns the GPU's UUID where the experiment runs on one."""
+    uuid = machine.gpu_uuid() if device != "cpu" else None
+    kind = machine.kind(uuid)
+    before = machine.state(uuid)
+    result.machine = {"kind": kind, "id": machine.identity(kind, uuid), "state": {"before": before, "after": before}}
+    result.source = identity.source_of(result.experiment)
+    result.libraries = identity.libraries()
+    return uuid
+
+
+def what_is_missing(config: dict[str, Any], facts: dict[str, Any], system: str) -> str | None:
+    """One line "needs X, have Y" when this machine cannot hold the experiment; None when it can."""
+    kind = facts["kind"]
+    if config["machine"]["device"] != "cpu" and kind["gpu"] is None:
+        return "needs an NVIDIA GPU and its driver, have none; use the cpu preset"
+    needs = config["expected"] | config.get("expected_by_system", {}).get(system, {})
+    have = {"device_bytes": kind["gpu_memory_bytes"], "host_bytes": facts["state"]["before"]["host_free_bytes"]}
+    for name, where in (("device_bytes", "on the GPU"), ("host_bytes", "of free host memory")):
+        if have[name] is not None and needs[name] > have[name]:
+            return f"needs {needs[name]:,} bytes {where}, have {have[name]:,}"
+    return None
+
+
+def foreign_reason(result: Result, when: str) -> str:
+    processes = result.machine["state"][when]["foreign_processes"]
+    return f"other processes used the GPU {when} the measurement: {', '.join(processes)}"
+
+
+def leave_early(result: Result, out: Path, status: str, reason: str) -> None:
+    """Write a result without a measurement and end with status 0."""
+    result.fail(status, reason)
+    result.write(out)
+    log.warning("%s/%s: %s: %s", result.experiment, result.system, status, reason)
+    raise SystemExit(0)
+
+
+def equal_conditions(config: dict[str, Any]) -> None:
+    """The same threads and attention for every system, and a record of both in `config`.
+
+    Snakemake exports OMP_NUM_THREADS=1 into its jobs, so threads are set here, for this process and its children.
+    cuDNN's attention does not repeat itself in fp16, so it is off.
+    """
+    threads = config["machine"]["threads"] or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    config["threads"] = torch.get_num_threads()
+    config["attention"] = {
+        "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),
+        "flash": torch.backends.cuda.flash_sdp_enabled(),
+        "memory_efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+        "math": torch.backends.cuda.math_sdp_enabled(),
+    }
+
+
+def status_of(error: BaseException) -> str | None:
+    """The status that an exception stands for; None for a bug and for an interruption."""
+    if isinstance(error, Outcome):
+        return error.status
+    if isinstance(error, UnsupportedModel):
+        return "unsupported"
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return "out_of_memory"
+    if isinstance(error, CapacityError) and not isinstance(error, PinningRefused):
+        return "out_of_memory"
+    return "failed" if isinstance(error, DjinnError) else None
+
+
+def give_back_memory(device: str) -> None:
+    """What the body left behind, so that the link is measured on the same machine as before."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def judge(result: Result) -> None:
+    """Foreign processes and a drifting link make a measurement inconclusive."""
+    if result.machine["state"]["after"]["foreign_processes"]:
+        reason = foreign_reason(result, "after")
+        if result.status == "out_of_memory":  # whose memory it was cannot be said
+            result.status = "inconclusive"
+        result.fail("inconclusive", reason)
+    link = result.limits
+    if link["drift_decides"] and link["drift"] > link["drift_allowed"]:
+        allowed = f"{link['drift_allowed']:.0%} is allowed"
+        result.fail("inconclusive", f"the link drifted by {link['drift']:.1%} around the measurement, {allowed}")

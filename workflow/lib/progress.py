@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -32,15 +32,17 @@ class Progress:
         """Since this object was made."""
         return time.monotonic() - self.began_s
 
-    def steps(self, items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    def track(self, items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
         """Yield `items`, one step each."""
+        if total is None and isinstance(items, Sized):
+            total = len(items)
         with self.task(what, total) as advance:
             for item in items:
                 yield item
                 advance(1)
 
     @contextmanager
-    def task(self, what: str, total: float | None = None):
+    def task(self, what: str, total: float | None = None) -> Iterator[Callable[..., None]]:
         """A task of `total` units; yields `advance(units)`."""
         began_s = time.monotonic()
         if self.terminal:

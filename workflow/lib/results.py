@@ -27,6 +27,8 @@ NOT_APPLICABLE = "not_applicable"
 # from best to worst: an outcome is never replaced by a better one
 STATUSES = ("ok", "inconclusive", "unsupported", "out_of_memory", "failed")
 SAMPLE_FIELDS = frozenset({"metric", "value", "unit", "warmup"})
+# dimensions that number the samples of one quantity: kept in the samples, not a group of their own in the summary
+INDEX_DIMENSIONS = frozenset({"repeat", "time_s"})
 
 
 class ResultError(Exception):
@@ -131,7 +133,7 @@ def summary_of(samples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     for sample in samples:
         if sample["warmup"]:
             continue
-        key = {name: value for name, value in sample.items() if name not in ("value", "warmup")}
+        key = {name: value for name, value in sample.items() if name not in INDEX_DIMENSIONS | {"value", "warmup"}}
         label = json.dumps(key, sort_keys=True)
         groups.setdefault(label, (key, []))[1].append(sample["value"])
     return [key | summarise(values, label=label) for label, (key, values) in groups.items()]

@@ -1,0 +1,207 @@
+"""What this machine's links can do, measured through the runtime's own host tier, and whether to trust it.
+
+`measure_limits` gives the four rates that every ratio to the link uses; `certify` adds the table by size and a
+verdict per line, each with its threshold. Nothing is assumed from a data sheet except the PCIe standard's own
+bandwidth per lane, which the link is compared with.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+
+from djinn_core.device import Device, Direction, open_device
+from djinn_core.memory.hosttier import HostTier
+
+Pinning = Literal["required", "optional"]
+WARMUP_COPIES = 2
+# a short copy is repeated until this much time is covered, so that one late wake-up does not decide
+MIN_TIMED_S = 0.002
+
+
+class LinkBench:
+    """One buffer on the device and two on the host, and timed copies between them.
+
+    Times are the host's clock from the issue to the stream's end, the device idle before. All memory is given back
+    by `close`.
+    """
+
+    def __init__(self, device: Device, size_bytes: int, *, pinning: Pinning = "required") -> None:
+        self.device = device
+        self.size_bytes = size_bytes
+        self._cleanup = ExitStack()
+        try:
+            self.near = [self._on_device() for _ in range(2)]
+            tier = HostTier(device, 2 * size_bytes + (1 << 20), pinning=pinning)
+            self._cleanup.callback(tier.close)
+            began_s = time.perf_counter()
+            blocks = [tier.allocate_exact(size_bytes, "certify") for _ in range(2)]
+            self.pinning_s = time.perf_counter() - began_s
+            for block in blocks:
+                self._cleanup.callback(block.free)
+                block.tensor.fill_(1)
+            self.far = [block.tensor for block in blocks]
+            self.pinned = tier.pinned
+            self.streams = [device.stream() for _ in range(2)]
+        except BaseException:
+            self._cleanup.close()
+            raise
+
+    def __enter__(self) -> LinkBench:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.device.synchronize()
+        self.near, self.far = [], []
+        self._cleanup.close()
+
+    def _on_device(self) -> torch.Tensor:
+        granularity = self.device.granularity_bytes
+        size_bytes = -(-self.size_bytes // granularity) * granularity
+        handle = self.device.create(size_bytes)
+        self._cleanup.callback(self.device.destroy, handle)
+        address = self.device.reserve(size_bytes)
+        self._cleanup.callback(self.device.release, address, size_bytes)
+        self.device.map(address, handle, size_bytes)
+        self._cleanup.callback(self.device.unmap, address, size_bytes)
+        self.device.grant(address, size_bytes)
+        return self.device.tensor(address, size_bytes)[: self.size_bytes]
+
+    def h2d_gbps(self, size_bytes: int) -> float:
+        """One timing of host to device."""
+        near, far = self.near[0][:size_bytes], self.far[0][:size_bytes]
+        return self._rate(size_bytes, lambda: self._copy(0, near, far, Direction.H2D))
+
+    def d2h_gbps(self, size_bytes: int) -> float:
+        """One timing of device to host."""
+        near, far = self.near[1][:size_bytes], self.far[1][:size_bytes]
+        return self._rate(size_bytes, lambda: self._copy(1, far, near, Direction.D2H))
+
+    def bidirectional_gbps(self, size_bytes: int) -> float:
+        """One timing of both at once; the bytes of both directions over the time until both are there."""
+        near, far = [t[:size_bytes] for t in self.near], [t[:size_bytes] for t in self.far]
+
+        def both() -> None:
+            self._copy(0, near[0], far[0], Direction.H2D)
+            self._copy(1, far[1], near[1], Direction.D2H)
+
+        return self._rate(2 * size_bytes, both)
+
+    def pageable_gbps(self, size_bytes: int, direction: Direction) -> float:
+        """One timing through plain pageable memory, by torch's own blocking copy."""
+        plain, near = torch.ones(size_bytes, dtype=torch.uint8), self.near[0][:size_bytes]
+        if direction is Direction.H2D:
+            return self._rate(size_bytes, lambda: near.copy_(plain))
+        return self._rate(size_bytes, lambda: plain.copy_(near))
+
+    def _copy(self, stream: int, dst: torch.Tensor, src: torch.Tensor, direction: Direction) -> None:
+        self.device.copy(dst, src, self.streams[stream], direction)
+
+    def _rate(self, size_bytes: int, work: Callable[[], object]) -> float:
+        repeats = 1
+        while True:
+            self.device.synchronize()
+            began_s = time.perf_counter()
+            for _ in range(repeats):
+                work()
+                for stream in self.streams:
+                    stream.synchronize()
+            elapsed_s = time.perf_counter() - began_s
+            if elapsed_s >= MIN_TIMED_S:
+                return repeats * size_bytes / elapsed_s / 1e9
+            repeats *= 2
+
+
+@contextmanager
+def opened(device: str | Device, size_bytes: int) -> Iterator[Device]:
+    """`device` itself, or the one of that name, opened for the block; an emulated one just large enough."""
+    if isinstance(device, Device):
+        yield device
+        return
+    capacity = {"capacity_bytes": 4 * size_bytes + (4 << 20)} if device == "cpu" else {}
+    found = open_device(device, **capacity)
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+def measure_limits(
+    device: str | Device, *, size_bytes: int = 1 << 30, copies: int = 10, pinning: Pinning = "required"
+) -> dict[str, float | None]:
+    """h2d_gbps, d2h_gbps, bidirectional_gbps and peer_gbps: medians of `copies` copies of `size_bytes`.
+
+    Through the runtime's own host tier; `peer_gbps` is None without a second GPU. Two copies warm up. Everything is
+    given back.
+
+    Raises:
+        OutOfDeviceMemory: the device has no room for two buffers of `size_bytes`.
+        PinningRefused: the host's two could not be page-locked, and `pinning` is required.
+    """
+    with opened(device, size_bytes) as found, LinkBench(found, size_bytes, pinning=pinning) as bench:
+        rates: dict[str, float | None] = {
+            f"{name}_gbps": median_of(getattr(bench, f"{name}_gbps"), copies, size_bytes)
+            for name in ("h2d", "d2h", "bidirectional")
+        }
+        rates["peer_gbps"] = peer_gbps(size_bytes, copies) if found.is_gpu else None
+    return rates
+
+
+def median_of(timed: Callable[..., float], copies: int, *words: Any) -> float:
+    """The median of `copies` calls after the warm-ups."""
+    for _ in range(WARMUP_COPIES):
+        timed(*words)
+    return statistics.median(timed(*words) for _ in range(copies))
+
+
+def peer_gbps(size_bytes: int, copies: int) -> float | None:
+    """Device to device from the first GPU to the second; None where there is no second one or no direct path."""
+    if torch.cuda.device_count() < 2 or not torch.cuda.can_device_access_peer(0, 1):
+        return None
+    here = torch.ones(size_bytes, dtype=torch.uint8, device="cuda:0")
+    there = torch.empty(size_bytes, dtype=torch.uint8, device="cuda:1")
+
+    rate = median_of(_peer_rate, copies, here, there)
+    del here, there
+    torch.cuda.empty_cache()
+    return rate
+
+
+def _peer_rate(here: torch.Tensor, there: torch.Tensor) -> float:
+    torch.cuda.synchronize(here.device)
+    began_s = time.perf_counter()
+    there.copy_(here, non_blocking=True)
+    torch.cuda.synchronize(here.device)
+    torch.cuda.synchronize(there.device)
+    return here.numel() / (time.perf_counter() - began_s) / 1e9
+
+
+def link_table(bench: LinkBench, sizes_bytes: Sequence[int], copies: int) -> Iterator[dict[str, Any]]:
+    """Rows of (`metric`, `direction`, `memory`, `size_bytes`, `value`, `unit`), one per copy that is not a warm-up."""
+    ways: dict[tuple[str, str], Callable[[int], float]] = {
+        ("h2d", "pinned"): bench.h2d_gbps,
+        ("d2h", "pinned"): bench.d2h_gbps,
+        ("bidirectional", "pinned"): bench.bidirectional_gbps,
+        ("h2d", "pageable"): lambda size: bench.pageable_gbps(size, Direction.H2D),
+        ("d2h", "pageable"): lambda size: bench.pageable_gbps(size, Direction.D2H),
+    }
+    if not bench.pinned:  # pinning is optional and was refused: nothing may be called pinned
+        ways = {(direction, "pageable"): timed for (direction, memory), timed in ways.items() if memory == "pinned"}
+    for size_bytes in sizes_bytes:
+        for (direction, memory), timed in ways.items():
+            for number in range(WARMUP_COPIES + copies):
+                rate = timed(size_bytes)
+                yield {
+                    "metric": "copy_gbps",
+                    "value": rate,
+                    "unit": "GB/s",
+                    "warmup": number < WARMUP_COPIES,
+                    "direction": direction,
+                    "memory": memory,
+                    "size_bytes": size_bytes,
+                }
