@@ -1,8 +1,8 @@
 """Figure 5: streaming a model larger than its memory, against the rate of the link.
 
 The two groups, nothing resident and cap filled, are drawn on axes of their own: a system that may keep layers on the
-device is never put in one ratio with a system that may not. Each mark is the median with its bootstrap interval; each dark
-tick is the host-to-device rate measured around that very result.
+device is never put in one ratio with a system that may not. Each mark is the median with its bootstrap interval; each
+dark tick is the host-to-device rate measured around that very result.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class ResultFile:
         """The samples of a metric whose dimensions are those of `where`, in the order they were measured.
 
         Rows of an interleaved partner carry its name in the dimension `method`; without one in `where` only the
-        file's own rows are taken.
+        file's own rows are taken. A dimension that is None in `where` must be absent.
         """
         wanted = dict(where or {})
         rows = self.samples
@@ -104,9 +104,12 @@ class ResultFile:
         if "method" in rows.columns and "method" not in wanted:
             rows = rows[rows["method"].isna() | (rows["method"] == self.system)]
         for name, value in wanted.items():
-            if name not in rows.columns:
+            if value is None:
+                rows = rows[rows[name].isna()] if name in rows.columns else rows
+            elif name not in rows.columns:
                 return rows.iloc[0:0]
-            rows = rows[rows[name] == value]
+            else:
+                rows = rows[rows[name] == value]
         return rows
 
     def values(self, metric: str, where: Mapping[str, Any] | None = None) -> np.ndarray:

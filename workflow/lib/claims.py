@@ -1,0 +1,302 @@
+"""Claims: a sentence, a number out of result files, a bound, and the verdict that follows.
+
+A claim's value is a small expression over the samples of result files; nothing in it is a number that was measured
+elsewhere. A missed bound is FAIL; a bound that is met while the 95 % interval reaches past it is INCONCLUSIVE, so that
+luck is not called a pass. Not taken: Python expressions in the config, which a reader cannot check and a test cannot
+bound.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from workflow.lib.results import NOT_APPLICABLE, ResultError, assert_comparable
+from workflow.lib.stats import seed_of
+from workflow.plots.load import Certificate, ResultFile, read
+
+PASS, FAIL, INCONCLUSIVE, NOT_RUN, OTHER_HARDWARE = "PASS", "FAIL", "INCONCLUSIVE", "NOT-RUN", "NOT-APPLICABLE"
+VERDICTS = (FAIL, INCONCLUSIVE, NOT_RUN, PASS, OTHER_HARDWARE)
+COMPARATORS = {
+    "at_least": operator.ge,
+    "at_most": operator.le,
+    "below": operator.lt,
+    "above": operator.gt,
+    "is": operator.eq,
+}
+STATS = {
+    "median": np.median,
+    "mean": np.mean,
+    "p95": lambda values: np.percentile(values, 95),
+    "p99": lambda values: np.percentile(values, 99),
+    "min": np.min,
+    "max": np.max,
+}
+EXTREMES = ("min", "max")
+RESAMPLES = 1000
+
+
+class Undecided(Exception):
+    """The value cannot be computed; carries the verdict that follows and why."""
+
+    def __init__(self, verdict: str, reason: str) -> None:
+        super().__init__(reason)
+        self.verdict = verdict
+        self.reason = reason
+
+
+@dataclass
+class Case:
+    """One instance of a claim: its variables filled in, its value, its verdict."""
+
+    variables: dict[str, Any]
+    verdict: str
+    reason: str = ""
+    value: float | bool | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass
+class Judged:
+    """A claim with the verdict over all its cases; value and interval are those of the case that decided."""
+
+    claim: Mapping[str, Any]
+    files: list[str]
+    cases: list[Case] = field(default_factory=list)
+
+    @property
+    def deciding(self) -> Case:
+        return min(self.cases, key=lambda case: (VERDICTS.index(case.verdict), -self._miss(case)))
+
+    @property
+    def verdict(self) -> str:
+        return self.deciding.verdict
+
+    def _miss(self, case: Case) -> float:
+        """How near the bound, or how far beyond it, a case is: the larger the worse."""
+        bound = self.claim.get("bound")
+        if not isinstance(case.value, float) or not isinstance(bound, int | float):
+            return 0.0
+        sign = -1.0 if self.claim["comparator"] in ("at_least", "above") else 1.0
+        return sign * (case.value - bound)
+
+
+class Evaluator:
+    """Computes expressions over one experiment's files; while `generator` is set, from resampled values."""
+
+    def __init__(self, files: Mapping[str, ResultFile]) -> None:
+        self.files = files
+        self.generator: np.random.Generator | None = None
+        self.selected: dict[str, pd.DataFrame] = {}
+
+    def file(self, system: str) -> ResultFile:
+        if system not in self.files:
+            raise Undecided(NOT_RUN, f"{system} was not run")
+        return self.files[system]
+
+    def measured(self, system: str) -> ResultFile:
+        """A file whose numbers may be used."""
+        result = self.file(system)
+        if result.ok:
+            return result
+        told = f"{system} is {result.status.replace('_', ' ')}: {result.reason}"
+        if result.status == "unsupported":
+            raise Undecided(OTHER_HARDWARE, told)
+        broken = result.status in ("failed", "out_of_memory") and system.startswith("djinn")
+        raise Undecided(FAIL if broken else INCONCLUSIVE, told)
+
+    def value(self, node: Any) -> float:
+        if isinstance(node, int | float):
+            return float(node)
+        if "ratio" in node:
+            return self.paired(node) if node.get("paired") else self.quotient(*(self.value(n) for n in node["ratio"]))
+        if "difference" in node:
+            first, second = (self.value(item) for item in node["difference"])
+            return first - second
+        if "product" in node:
+            return float(np.prod([self.value(item) for item in node["product"]]))
+        if "magnitude" in node:
+            return abs(self.value(node["magnitude"]))
+        if "slope" in node:
+            return self.slope(node["slope"], node["by"])
+        result = self.measured(node["system"])
+        if "metric" in node:
+            return float(STATS[node.get("stat", "median")](self.draw(self.samples(node))))
+        kind = next(name for name in ("limit", "config", "weights") if name in node)
+        found = {"limit": result.limit, "config": result.config.get, "weights": result.data["weights"].get}[kind](
+            node[kind]
+        )
+        if found is None:
+            raise Undecided(NOT_RUN, f"{result.path.name} has no {kind} {node[kind]}")
+        return float(found)
+
+    def rows(self, node: Mapping[str, Any]) -> pd.DataFrame:
+        key = repr((node["system"], node["metric"], node.get("where")))
+        if key not in self.selected:
+            self.selected[key] = self.measured(node["system"]).select(node["metric"], node.get("where"))
+        return self.selected[key]
+
+    def samples(self, node: Mapping[str, Any]) -> np.ndarray:
+        values = self.rows(node)["value"].to_numpy(float)
+        if not len(values):
+            where = "".join(f", {name} {value}" for name, value in (node.get("where") or {}).items())
+            raise Undecided(NOT_RUN, f"{node['system']}.json has no sample of {node['metric']}{where}")
+        return values
+
+    def draw(self, values: np.ndarray) -> np.ndarray:
+        return values if self.generator is None else self.generator.choice(values, size=len(values))
+
+    @staticmethod
+    def quotient(top: float, bottom: float) -> float:
+        if bottom == 0:
+            raise Undecided(INCONCLUSIVE, "the denominator is zero")
+        return top / bottom
+
+    def paired(self, node: Mapping[str, Any]) -> float:
+        """The median of the ratios of pairs: rows i of two interleaved methods were taken one after the other."""
+        top, bottom = (self.samples(item) for item in node["ratio"])
+        if len(top) != len(bottom):
+            raise Undecided(INCONCLUSIVE, f"{len(top)} samples and {len(bottom)} are no pairs")
+        if not bottom.all():
+            raise Undecided(INCONCLUSIVE, "a denominator is zero")
+        return float(np.median(self.draw(top / bottom)))
+
+    def slope(self, node: Mapping[str, Any], by: str) -> float:
+        """The least-squares slope of a metric over one of its dimensions, from every sample."""
+        rows = self.rows(node)
+        rows = rows[rows[by].notna()] if by in rows.columns else rows.iloc[0:0]
+        across, up = (rows[name].to_numpy(float) for name in (by, "value"))
+        if not len(across) or np.ptp(across) == 0:
+            raise Undecided(NOT_RUN, f"{node['system']}.json has no {node['metric']} at two values of {by}")
+        if self.generator is not None:
+            drawn = self.generator.integers(0, len(across), size=len(across))
+            across, up = across[drawn], up[drawn]
+        spread = across - across.mean()
+        return self.quotient(float(spread @ up), float(spread @ spread))
+
+
+def filled(node: Any, variables: Mapping[str, Any]) -> Any:
+    """The expression with `$name` replaced by the case's value of that name."""
+    if isinstance(node, str) and node.startswith("$"):
+        return variables[node[1:]]
+    if isinstance(node, Mapping):
+        return {name: filled(value, variables) for name, value in node.items()}
+    if isinstance(node, list):
+        return [filled(item, variables) for item in node]
+    return node
+
+
+def systems_of(node: Any) -> list[str]:
+    """The systems that an expression reads, in order of appearance."""
+    if isinstance(node, Mapping):
+        found = [node["system"]] if "system" in node else []
+        return list(dict.fromkeys(itertools.chain(found, *(systems_of(value) for value in node.values()))))
+    if isinstance(node, list):
+        return list(dict.fromkeys(itertools.chain.from_iterable(systems_of(item) for item in node)))
+    return []
+
+
+def cases_of(claim: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every combination of the claim's `each`; a claim without one has one case."""
+    each = claim.get("each") or {}
+    return [dict(zip(each, values, strict=True)) for values in itertools.product(*each.values())]
+
+
+def files_of(claim: Mapping[str, Any]) -> list[str]:
+    """The result files that a claim reads, relative to the run's folder."""
+    systems = itertools.chain.from_iterable(systems_of(filled(claim["value"], case)) for case in cases_of(claim))
+    return [f"{claim['experiment']}/{system}.json" for system in dict.fromkeys(systems)]
+
+
+def load_files(names: Iterable[str], results_dir: Path) -> dict[str, ResultFile]:
+    """Those of the result files that are there, by their name relative to the run's folder."""
+    return {name: read(results_dir / name) for name in names if (results_dir / name).exists()}
+
+
+def judge(claim: Mapping[str, Any], loaded: Mapping[str, ResultFile], certificate: Certificate) -> Judged:
+    """The verdict on one claim from the files of a run."""
+    files = files_of(claim)
+    present = {loaded[name].system: loaded[name] for name in files if name in loaded}
+    return Judged(claim, files, [judge_case(claim, case, present, certificate) for case in cases_of(claim)])
+
+
+def judge_case(
+    claim: Mapping[str, Any], variables: dict[str, Any], loaded: Mapping[str, ResultFile], certificate: Certificate
+) -> Case:
+    node = filled(claim["value"], variables)
+    used = {system: loaded[system] for system in systems_of(node) if system in loaded}
+    try:
+        applies(claim.get("holds_for") or {}, used, certificate)
+        if "check" in node:
+            return judge_check(claim, node, variables, Evaluator(used))
+        evaluator = Evaluator(used)
+        value = evaluator.value(node)
+        low, high = interval(node, evaluator, claim["id"] + repr(variables))
+    except Undecided as undecided:
+        return Case(variables, undecided.verdict, undecided.reason)
+    compare = COMPARATORS[claim["comparator"]]
+    bound = claim["bound"]
+    if not compare(value, bound):
+        return Case(variables, FAIL, "", value, low, high)
+    if low is not None and not (compare(low, bound) and compare(high, bound)):
+        return Case(variables, INCONCLUSIVE, "the 95 % interval reaches past the bound", value, low, high)
+    return Case(variables, PASS, "", value, low, high)
+
+
+def applies(holds_for: Mapping[str, str], used: Mapping[str, ResultFile], certificate: Certificate) -> None:
+    """Refuse what the claim does not speak of: other hardware, another model, code or machines that differ."""
+    if not used:
+        raise Undecided(NOT_RUN, "no result file")
+    first = next(iter(used.values()))
+    if "gpu" in holds_for and not re.search(holds_for["gpu"], first.gpu or ""):
+        raise Undecided(OTHER_HARDWARE, f"speaks of {holds_for['gpu']}, this is {first.gpu or 'an emulated device'}")
+    if "model" in holds_for and not re.search(holds_for["model"], str(first.config.get("model", ""))):
+        raise Undecided(OTHER_HARDWARE, f"speaks of {holds_for['model']}, this is {first.config.get('model')}")
+    try:
+        assert_comparable(result.data for result in used.values())
+    except ResultError as error:
+        raise Undecided(INCONCLUSIVE, str(error)) from error
+    if "gpu" in holds_for and not certificate.ok:
+        raise Undecided(INCONCLUSIVE, f"the machine's certificate: {certificate.verdict}")
+
+
+def judge_check(claim: Mapping[str, Any], node: Mapping[str, Any], variables: dict[str, Any], files: Evaluator) -> Case:
+    """A recorded check. It counts whatever the result's status: a broken gate is what made it `failed`."""
+    result = files.file(node["system"])
+    found = {name: check for name, check in result.checks.items() if fnmatchcase(name, node["check"])}
+    if not found:
+        files.measured(node["system"])
+        raise Undecided(NOT_RUN, f"{result.path.name} has no check {node['check']}")
+    decided = {name: check for name, check in found.items() if check["passed"] != NOT_APPLICABLE}
+    if not decided:
+        raise Undecided(OTHER_HARDWARE, f"{node['check']} does not apply here")
+    wanted = claim["bound"]
+    wrong = [name for name, check in decided.items() if bool(check["passed"]) is not wanted]
+    if wrong:
+        return Case(variables, FAIL, f"{node['system']}: {', '.join(wrong)} is {not wanted}", not wanted)
+    return Case(variables, PASS, "", wanted)
+
+
+def interval(node: Any, evaluator: Evaluator, label: str) -> tuple[float | None, float | None]:
+    """The 95 % bootstrap interval of an expression; none where it rests on extremes, which say all there is."""
+    if has_extreme(node):
+        return None, None
+    evaluator.generator = np.random.default_rng(seed_of(label))
+    values = [evaluator.value(node) for _ in range(RESAMPLES)]
+    return float(np.percentile(values, 2.5)), float(np.percentile(values, 97.5))
+
+
+def has_extreme(node: Any) -> bool:
+    if isinstance(node, Mapping):
+        return node.get("stat") in EXTREMES or any(has_extreme(value) for value in node.values())
+    return isinstance(node, list) and any(has_extreme(item) for item in node)

@@ -1,0 +1,147 @@
+"""Judge every claim of config/claims.yaml from a run's result files, and write the verdicts.
+
+    python -m workflow.scripts.claims --results results/cpu --out results/cpu/claims.json --table results/cpu/claims.md
+
+A failed claim is a line in the table, not an exit status: it neither stops the pipeline nor hides a figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from workflow.lib.claims import OTHER_HARDWARE, VERDICTS, Case, Judged, files_of, judge, load_files
+from workflow.lib.results import ResultError, validate, write_json, write_text
+from workflow.plots.load import digest, read_certificate
+
+CLAIMS = Path("config/claims.yaml")
+SYMBOLS = {"at_least": "≥", "at_most": "≤", "below": "<", "above": ">", "is": "="}
+
+
+def load_claims(path: str | Path = CLAIMS) -> list[dict[str, Any]]:
+    """The claims, checked by their schema.
+
+    Raises:
+        ResultError: the file names a key or a value that the schema does not allow, or an id twice.
+    """
+    document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    validate(document, "claims", str(path))
+    claims = document["claims"]
+    twice = [name for name, count in Counter(claim["id"] for claim in claims).items() if count > 1]
+    if twice:
+        raise ResultError(f"{path}: the id {twice[0]} is used twice")
+    return claims
+
+
+def input_files(claims: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Every result file that the claims read, relative to the run's folder."""
+    return list(dict.fromkeys(name for claim in claims for name in files_of(claim)))
+
+
+def judge_all(claims: Iterable[Mapping[str, Any]], results_dir: Path) -> list[Judged]:
+    claims = list(claims)
+    certificate = read_certificate(results_dir / "certificate.json")
+    loaded = load_files(input_files(claims), results_dir)
+    return [judge(claim, loaded, certificate) for claim in claims]
+
+
+def document(judged: list[Judged], results_dir: Path) -> dict[str, Any]:
+    """What claims.json holds."""
+    used = [results_dir / name for name in input_files(item.claim for item in judged)]
+    counts = Counter(item.verdict for item in judged)
+    return {
+        "schema": "djinn-claims/1",
+        "input": digest([path for path in used if path.exists()]),
+        "counts": {verdict: counts[verdict] for verdict in VERDICTS},
+        "claims": [entry(item) for item in judged],
+    }
+
+
+def entry(item: Judged) -> dict[str, Any]:
+    claim, case = item.claim, item.deciding
+    return {
+        "id": claim["id"],
+        "sentence": claim["sentence"],
+        "figure": claim["figure"],
+        "files": item.files,
+        "verdict": item.verdict,
+        "value": case.value,
+        "ci95_low": case.low,
+        "ci95_high": case.high,
+        "comparator": claim["comparator"],
+        "bound": claim["bound"],
+        "holds_for": claim.get("holds_for", {}),
+        "reason": case.reason,
+        "cases": [vars(case) for case in item.cases],
+    }
+
+
+def number(value: float | bool | None) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}"
+
+
+def measured(case: Case) -> str:
+    interval = "" if case.low is None else f" [{number(case.low)}, {number(case.high)}]"
+    return number(case.value) + interval
+
+
+def table(judged: list[Judged], results_dir: Path) -> str:
+    """claims.md: a line per claim, the case that decided, then what a reader needs to know of the verdicts."""
+    counts = Counter(item.verdict for item in judged)
+    lines = [
+        f"# Claims, judged from `{results_dir}`",
+        "",
+        ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict]),
+        "",
+        "| claim | verdict | measured | bar | figure | remark |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for item in judged:
+        case, claim = item.deciding, item.claim
+        where = ", ".join(f"{name} {value}" for name, value in case.variables.items())
+        shown = isinstance(case.value, float) and len(item.cases) > 1
+        others = sorted({other.reason for other in item.cases if other.verdict == OTHER_HARDWARE} - {case.reason})
+        remark = "; ".join(part for part in (f"worst: {where}" if shown else "", case.reason, *others) if part)
+        bar = f"{SYMBOLS[claim['comparator']]} {number(claim['bound'])}"
+        cells = (claim["sentence"], item.verdict, measured(case), bar, claim["figure"], remark)
+        lines.append("| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |")
+    lines += [
+        "",
+        "A missed bar is FAIL. A bar that is met while the 95 % bootstrap interval (in brackets) reaches past it is",
+        "INCONCLUSIVE, and so is anything on hardware whose certificate failed. NOT-APPLICABLE: the claim speaks of",
+        "other hardware, or the system does not run here. NOT-RUN: a result that it needs is not there. Each case of each claim is in `claims.json`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, required=True, help="a run's folder, such as results/cpu")
+    parser.add_argument("--claims", type=Path, default=CLAIMS)
+    parser.add_argument("--out", type=Path, required=True, help="claims.json")
+    parser.add_argument("--table", type=Path, required=True, help="claims.md")
+    args = parser.parse_args()
+    try:
+        judged = judge_all(load_claims(args.claims), args.results)
+        write_json(args.out, document(judged, args.results))
+        write_text(args.table, table(judged, args.results))
+    except ResultError as error:
+        print(f"claims: {error}", file=sys.stderr)
+        return 1
+    counts = Counter(item.verdict for item in judged)
+    print(", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
