@@ -151,8 +151,8 @@ def make_plan(
         )
     if chosen.slots and chosen.chunk_bytes > chosen.slot_bytes:
         raise ConfigError(
-            f"chunk_bytes is {chosen.chunk_bytes:,}, larger than a slot of {chosen.slot_bytes:,} bytes (the largest streamed "
-            "layer); choose at most that"
+            f"chunk_bytes is {chosen.chunk_bytes:,}, larger than a slot of {chosen.slot_bytes:,} bytes (the largest "
+            "streamed layer); choose at most that"
         )
     return chosen
 
@@ -188,12 +188,9 @@ def _check(sizes: tuple[int, ...], slots: int | None, resident_layers: Residency
         raise ConfigError(
             f"layer sizes must be positive, got {len(sizes)} layers, the smallest {min(sizes, default=0)}"
         )
-    if slots is not None and (isinstance(slots, bool) or not isinstance(slots, int) or slots < 1):
-        raise ConfigError(f"slots is {slots!r}; allowed are whole numbers from 1, or None to choose")
-    if chunk_bytes is not None and (
-        isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int) or chunk_bytes < 1
-    ):
-        raise ConfigError(f"chunk_bytes is {chunk_bytes!r}; allowed are whole numbers from 1, or None to choose")
+    for name, value in (("slots", slots), ("chunk_bytes", chunk_bytes)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ConfigError(f"{name} is {value!r}; allowed are whole numbers from 1, or None to choose")
     if isinstance(resident_layers, str):
         if resident_layers not in ("fill", "none", "all"):
             raise ConfigError(f"resident_layers is {resident_layers!r}; allowed are 'fill', 'none', 'all' or a number")
