@@ -24,6 +24,7 @@ from djinn_core.device.spans import FreeSpans
 from djinn_core.errors import ConfigError, DeviceError, IntegrityError, OutOfDisk, UsageError
 
 UNIT_BYTES = 4096  # of offsets, lengths and addresses under O_DIRECT
+SPARSE = 16  # offsets reach this many budgets, so that holes between blocks never turn a block away
 PIECE_BYTES = 8 << 20  # one read or write, and one step of the checksum
 
 
@@ -48,13 +49,14 @@ class DiskTier:
         self.path = Path(path)
         self._fd, self.direct = _open_unnamed(self.path)
         self._lock = threading.Lock()
-        self._spans = FreeSpans(budget_bytes, UNIT_BYTES)
+        self._budget_bytes = budget_bytes // UNIT_BYTES * UNIT_BYTES
+        self._spans = FreeSpans(SPARSE * self._budget_bytes, UNIT_BYTES)
         self._bounce = threading.local()
         self._closed = False
 
     @property
     def budget_bytes(self) -> int:
-        return self._spans.size_bytes
+        return self._budget_bytes
 
     @property
     def held_bytes(self) -> int:
@@ -62,7 +64,7 @@ class DiskTier:
 
     @property
     def free_bytes(self) -> int:
-        return self._spans.free_bytes
+        return self._budget_bytes - self.held_bytes
 
     def write(self, src: torch.Tensor) -> DiskBlock:
         """Write a contiguous uint8 host tensor; it is on disk, or in the page cache without O_DIRECT, on return.
@@ -76,13 +78,13 @@ class DiskTier:
         with self._lock:
             if self._closed:
                 raise UsageError("the disk tier is closed")
-            offset = self._spans.take(size_bytes)
+            fits = self._spans.rounded(size_bytes) <= self.free_bytes
+            offset = self._spans.take(size_bytes) if fits else None
             if offset is None:
                 raise OutOfDisk(
-                    f"the disk budget of {self.budget_bytes:,} bytes in {self.path} has no room "
-                    f"(longest free span {self._spans.largest_bytes:,})",
+                    f"the disk budget of {self.budget_bytes:,} bytes in {self.path} is full; free blocks or raise it",
                     needed_bytes=size_bytes,
-                    free_bytes=self._spans.free_bytes,
+                    free_bytes=self.free_bytes,
                 )
         try:
             crc32 = self._write(src, offset)
@@ -220,18 +222,25 @@ def _open_unnamed(folder: Path) -> tuple[int, bool]:
     raise AssertionError("unreachable")
 
 
+def _whole_units(done_bytes: int, memory: memoryview) -> int:
+    """How far a short read or write counts: the rest must start at a unit again. Raises OSError if it did nothing."""
+    if done_bytes < len(memory):
+        done_bytes -= done_bytes % UNIT_BYTES
+    if not done_bytes:
+        raise OSError(errno.EIO, "the disk made no progress")
+    return done_bytes
+
+
 def _write_all(fd: int, memory: memoryview, offset: int) -> None:
     while memory:
-        written = os.pwritev(fd, [memory], offset)
-        memory, offset = memory[written:], offset + written
+        done_bytes = _whole_units(os.pwritev(fd, [memory], offset), memory)
+        memory, offset = memory[done_bytes:], offset + done_bytes
 
 
 def _read_all(fd: int, memory: memoryview, offset: int) -> None:
     while memory:
-        got = os.preadv(fd, [memory], offset)
-        if not got:
-            raise OSError(errno.EIO, f"the file ends at {offset}")
-        memory, offset = memory[got:], offset + got
+        done_bytes = _whole_units(os.preadv(fd, [memory], offset), memory)
+        memory, offset = memory[done_bytes:], offset + done_bytes
 
 
 def _check(tensor: torch.Tensor) -> None:

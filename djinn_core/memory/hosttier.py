@@ -90,7 +90,6 @@ class HostTier:
         self._pageable_bytes = 0
         self._held_bytes = 0
         self._ahead_bytes = ahead_bytes
-        self._ahead_error: DjinnError | None = None
         self._closed = False
         self._ahead: threading.Thread | None = None
         if ahead_bytes:
@@ -273,8 +272,7 @@ class HostTier:
                     if self._ready_bytes() < self._ahead_bytes and room_bytes >= self._granularity:
                         self._grow(min(self._granularity, room_bytes), "pinning ahead")
                         continue
-            except DjinnError as error:  # whoever allocates next runs into the same and is told
-                self._ahead_error = error
+            except DjinnError:  # whoever allocates beyond what is ready runs into the same, and is told
                 return
             with self._lock:
                 self._lock.wait_for(lambda: self._closed or self._short_ahead())

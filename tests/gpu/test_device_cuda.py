@@ -1,0 +1,134 @@
+"""What the contract's own tests (tests/device, tests/memory, run on the GPU too) do not see of the CUDA device."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from djinn_core.device import Direction, open_device
+from djinn_core.errors import ConfigError, DeviceError
+from djinn_core.memory import ExtentPool, HostTier, Kind, Region
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def gpu():
+    device = open_device("cuda:0")
+    yield device
+    device.close()
+
+
+def test_the_device_describes_the_gpu(gpu):
+    assert gpu.is_gpu
+    assert gpu.granularity_bytes % (64 << 10) == 0
+    assert gpu.capacity_bytes == torch.cuda.get_device_properties(0).total_memory
+    assert 0 < gpu.used_bytes() < gpu.capacity_bytes
+    with pytest.raises(ConfigError):
+        open_device("cuda:0", capacity_bytes=MIB)
+
+
+def test_a_tensor_made_before_any_map_computes_after_one(gpu):
+    unit = gpu.granularity_bytes
+    pool, region = ExtentPool(gpu, 4 * unit), Region(gpu, 4 * unit)
+    view = region.view(unit, (64, 64), torch.float16)
+    assert view.device == gpu.torch_device
+    assert view.data_ptr() == region.address + unit
+    extent = pool.acquire(unit, Kind.KV, "s")
+    region.map([(unit, extent)])
+    view.copy_(torch.eye(64))
+    assert torch.equal((view @ view).cpu(), torch.eye(64, dtype=torch.float16))
+    gpu.synchronize()
+    region.unmap([unit])
+    region.map([(unit, extent)])
+    assert torch.equal(view.cpu(), torch.eye(64, dtype=torch.float16))
+    gpu.synchronize()
+    pool.give_back(*region.unmap([unit]))
+    region.close()
+    pool.close()
+
+
+def test_a_tensor_over_a_mapped_place_keeps_its_bytes(gpu):
+    unit = gpu.granularity_bytes
+    handle, address = gpu.create(unit), gpu.reserve(unit)
+    gpu.map(address, handle, unit)
+    gpu.grant(address, unit)
+    gpu.tensor(address, unit).fill_(6)
+    assert (gpu.tensor(address, unit) == 6).all()
+    gpu.synchronize()
+    gpu.unmap(address, unit)
+    gpu.release(address, unit)
+    gpu.destroy(handle)
+
+
+def test_a_graph_survives_a_swap(gpu):
+    unit = gpu.granularity_bytes
+    pool, region = ExtentPool(gpu, 2 * unit), Region(gpu, unit)
+    extent = pool.acquire(unit, Kind.KV, "s")
+    region.map([(0, extent)])
+    view = region.view(0, (1024,), torch.float32)
+    view.zero_()
+    gpu.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        view.add_(1)
+    graph.replay()
+    gpu.synchronize()
+    region.unmap([0])
+    region.map([(0, extent)])
+    graph.replay()
+    gpu.synchronize()
+    assert (view == 2).all()
+    del graph
+    pool.give_back(*region.unmap([0]))
+    region.close()
+    pool.close()
+
+
+def test_copies_from_the_host_tier_do_not_block_the_caller(gpu):
+    size_bytes = 512 * MIB
+    pool, region, host = ExtentPool(gpu, size_bytes), Region(gpu, size_bytes), HostTier(gpu, 2 * size_bytes)
+    region.map([(0, pool.acquire(size_bytes, Kind.KV, "s"))])
+    block = host.allocate_exact(size_bytes, "s")
+    assert block.tensor.is_pinned()
+    stream, event = gpu.stream(), gpu.event()
+    gpu.copy(region.tensor, block.tensor, stream, Direction.H2D)
+    gpu.synchronize()
+    start = time.perf_counter()
+    gpu.copy(region.tensor, block.tensor, stream, Direction.H2D)
+    event.record(stream)
+    issued_s = time.perf_counter() - start
+    assert not event.query()
+    event.synchronize()
+    assert issued_s < (time.perf_counter() - start) / 2
+    pool.give_back(*region.unmap([0]))
+    block.free()
+    host.close()
+    region.close()
+    pool.close()
+
+
+def test_a_thread_that_nobody_bound_can_use_the_device(gpu):
+    failures = []
+
+    def work():
+        try:
+            gpu.destroy(gpu.create(gpu.granularity_bytes))
+        except DeviceError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert failures == []
+
+
+def test_errors_name_the_call_and_what_the_driver_says(gpu):
+    with pytest.raises(DeviceError, match=r"cuMemUnmap failed: CUDA_ERROR_\w+, \w+"):
+        gpu.unmap(gpu.granularity_bytes, gpu.granularity_bytes)
+    with pytest.raises(DeviceError, match="cuMemHostUnregister"):
+        gpu.unpin(4096, 4096)
