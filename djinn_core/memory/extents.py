@@ -150,30 +150,38 @@ class ExtentPool:
 
     def _create(self, size_bytes: int) -> int:
         """A new handle, after making room for it. The lock is held."""
-        if size_bytes > self.free_bytes:
-            raise OutOfDeviceMemory(
-                f"the device budget of {self._budget_bytes:,} bytes is full: {self._holders()}",
-                needed_bytes=size_bytes,
-                free_bytes=self.free_bytes,
-            )
-        while self._held_bytes + self._pooled_bytes + self._leaving_bytes + size_bytes > self._budget_bytes:
-            if not self._destroy_one():
-                self._changed.wait()  # the trimmer has taken it and is destroying it
         while True:
+            if size_bytes > self.free_bytes:
+                raise OutOfDeviceMemory(
+                    f"the device budget of {self._budget_bytes:,} bytes is full: {self._holders()}",
+                    needed_bytes=size_bytes,
+                    free_bytes=self.free_bytes,
+                )
+            if self._held_bytes + self.pooled_bytes + size_bytes > self._budget_bytes:
+                self._make_room()
+                continue
             try:
                 return self._device.create(size_bytes)
             except OutOfDeviceMemory as error:
-                if self._destroy_one():
-                    continue
-                if self._leaving_bytes:
-                    self._changed.wait()
-                    continue
-                raise OutOfDeviceMemory(
-                    f"the device has no more memory within the budget of {self._budget_bytes:,} bytes; others use it "
-                    f"({self._device.used_bytes():,} bytes in use in all), here: {self._holders()}",
-                    needed_bytes=size_bytes,
-                    free_bytes=error.free_bytes,
-                ) from error
+                if not self._make_room():
+                    raise OutOfDeviceMemory(
+                        f"the device has no more memory within the budget of {self._budget_bytes:,} bytes; others use "
+                        f"it ({self._device.used_bytes():,} bytes in use in all), here: {self._holders()}",
+                        needed_bytes=size_bytes,
+                        free_bytes=error.free_bytes,
+                    ) from error
+
+    def _make_room(self) -> bool:
+        """Destroy one pooled extent, or wait for one that the trimmer destroys; False if there is none.
+
+        The lock is held, but not while it waits: what the caller knew may have changed.
+        """
+        if self._destroy_one():
+            return True
+        if self._leaving_bytes:
+            self._changed.wait()
+            return True
+        return False
 
     def _destroy_one(self) -> bool:
         taken = self._take_pooled()
