@@ -35,6 +35,7 @@ class LinkBench:
         self.device = device
         self.size_bytes = size_bytes
         self._cleanup = ExitStack()
+        self._plain: torch.Tensor | None = None
         try:
             self.near = [self._on_device() for _ in range(2)]
             tier = HostTier(device, 2 * size_bytes + (1 << 20), pinning=pinning)
@@ -94,7 +95,9 @@ class LinkBench:
 
     def pageable_gbps(self, size_bytes: int, direction: Direction) -> float:
         """One timing through plain pageable memory, by torch's own blocking copy."""
-        plain, near = torch.ones(size_bytes, dtype=torch.uint8), self.near[0][:size_bytes]
+        if self._plain is None:
+            self._plain = torch.ones(self.size_bytes, dtype=torch.uint8)
+        plain, near = self._plain[:size_bytes], self.near[0][:size_bytes]
         if direction is Direction.H2D:
             return self._rate(size_bytes, lambda: near.copy_(plain))
         return self._rate(size_bytes, lambda: plain.copy_(near))

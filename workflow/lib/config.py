@@ -49,7 +49,7 @@ def load_config(run: str, overrides: list[str] | None = None, *, folder: Path = 
     settings["run"] = run
     for override in overrides or []:
         apply_override(settings, override)
-    check(settings, where=str(path))
+    check(settings, where=f"{path.parent.name}/{path.name}")
     settings["overrides"] = list(overrides or [])
     return settings
 
@@ -162,7 +162,7 @@ def check_against_model(experiment: str, settings: dict[str, Any], where: str) -
     if shape is None:
         return
     name = shape.name
-    for key in ("layers", "accuracy_layers", "pause_layer", "steering_layer"):
+    for key in ("layers", "layer"):
         value = settings.get(key, [])
         for layer in value if isinstance(value, list) else [value]:
             if not 1 <= layer <= shape.layers:
