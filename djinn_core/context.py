@@ -79,7 +79,7 @@ def _identify(index: int) -> tuple[str, bool]:
     if not error:
         error, number = driver.cuDeviceGet(index)
     if not error:
-        error, uuid = driver.cuDeviceGetUuid_v2(number)
+        error, uuid = driver.cuDeviceGetUuid(number)
     if not error:
         error, _, active = driver.cuDevicePrimaryCtxGetState(number)
     if error:
