@@ -8,7 +8,6 @@ bound.
 
 from __future__ import annotations
 
-import itertools
 import operator
 import re
 from collections.abc import Iterable, Mapping
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from workflow.lib.claimfiles import cases_of, files_of, filled, systems_of
 from workflow.lib.results import NOT_APPLICABLE, ResultError, assert_comparable
 from workflow.lib.stats import seed_of
 from workflow.plots.load import Certificate, ResultFile, read
@@ -183,39 +183,6 @@ class Evaluator:
             across, up = across[drawn], up[drawn]
         spread = across - across.mean()
         return self.quotient(float(spread @ up), float(spread @ spread))
-
-
-def filled(node: Any, variables: Mapping[str, Any]) -> Any:
-    """The expression with `$name` replaced by the case's value of that name."""
-    if isinstance(node, str) and node.startswith("$"):
-        return variables[node[1:]]
-    if isinstance(node, Mapping):
-        return {name: filled(value, variables) for name, value in node.items()}
-    if isinstance(node, list):
-        return [filled(item, variables) for item in node]
-    return node
-
-
-def systems_of(node: Any) -> list[str]:
-    """The systems that an expression reads, in order of appearance."""
-    if isinstance(node, Mapping):
-        found = [node["system"]] if "system" in node else []
-        return list(dict.fromkeys(itertools.chain(found, *(systems_of(value) for value in node.values()))))
-    if isinstance(node, list):
-        return list(dict.fromkeys(itertools.chain.from_iterable(systems_of(item) for item in node)))
-    return []
-
-
-def cases_of(claim: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every combination of the claim's `each`; a claim without one has one case."""
-    each = claim.get("each") or {}
-    return [dict(zip(each, values, strict=True)) for values in itertools.product(*each.values())]
-
-
-def files_of(claim: Mapping[str, Any]) -> list[str]:
-    """The result files that a claim reads, relative to the run's folder."""
-    systems = itertools.chain.from_iterable(systems_of(filled(claim["value"], case)) for case in cases_of(claim))
-    return [f"{claim['experiment']}/{system}.json" for system in dict.fromkeys(systems)]
 
 
 def load_files(names: Iterable[str], results_dir: Path) -> dict[str, ResultFile]:

@@ -15,8 +15,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
+from workflow.lib.systems import STREAMING_GROUPS
 from workflow.plots import style
-from workflow.plots.load import STREAMING_GROUPS, ResultFile, read_certificate, read_folder
+from workflow.plots.load import ResultFile, read_certificate, read_folder
 
 METRICS = (
     ("effective_gbps", "GB/s", "effective link rate (GB/s)", "rate of the link"),

@@ -21,28 +21,8 @@ import pandas as pd
 from workflow.lib.results import ResultError, assert_comparable, read_result
 from workflow.lib.stats import summarise
 
-STREAMING_GROUPS = {
-    "nothing resident": (
-        "accelerate_cpu_offload",
-        "deepspeed_cpu",
-        "deepspeed_cpu_tuned",
-        "deepspeed_nvme",
-        "djinn_chunk16mib",
-        "djinn_chunk64mib",
-        "djinn_chunk128mib",
-        "djinn_chunk512mib",
-    ),
-    "cap filled": ("accelerate_device_map", "djinn_resident"),
-}
-RESUME_METHODS = (
-    "eager",
-    "recompute",
-    "manual_offload_pageable",
-    "manual_offload_pinned",
-    "manual_offload_overlapped",
-    "djinn",
-)
-PRESSURE_SYSTEMS = ("eager", "manual_offload", "djinn", "djinn_uncapped")
+# the name under which a file's own rows stand in the dimension `method`, where it is not the system's
+OWN_METHOD = {"djinn_uncapped": "djinn"}
 IDENTITY = ("metric", "value", "unit", "warmup")
 
 
@@ -102,7 +82,7 @@ class ResultFile:
         rows = self.samples
         rows = rows[rows["metric"] == metric]
         if "method" in rows.columns and "method" not in wanted:
-            rows = rows[rows["method"].isna() | (rows["method"] == self.system)]
+            rows = rows[rows["method"].isna() | (rows["method"] == OWN_METHOD.get(self.system, self.system))]
         for name, value in wanted.items():
             if value is None:
                 rows = rows[rows[name].isna()] if name in rows.columns else rows

@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from workflow.lib.claims import OTHER_HARDWARE, VERDICTS, Case, Judged, files_of, judge, load_files
+from workflow.lib.claimfiles import input_files
+from workflow.lib.claims import OTHER_HARDWARE, VERDICTS, Case, Judged, judge, load_files
 from workflow.lib.results import ResultError, validate, write_json, write_text
 from workflow.plots.load import digest, read_certificate
 
@@ -37,11 +38,6 @@ def load_claims(path: str | Path = CLAIMS) -> list[dict[str, Any]]:
     if twice:
         raise ResultError(f"{path}: the id {twice[0]} is used twice")
     return claims
-
-
-def input_files(claims: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Every result file that the claims read, relative to the run's folder."""
-    return list(dict.fromkeys(name for claim in claims for name in files_of(claim)))
 
 
 def judge_all(claims: Iterable[Mapping[str, Any]], results_dir: Path) -> list[Judged]:
@@ -119,7 +115,8 @@ def table(judged: list[Judged], results_dir: Path) -> str:
         "",
         "A missed bar is FAIL. A bar that is met while the 95 % bootstrap interval (in brackets) reaches past it is",
         "INCONCLUSIVE, and so is anything on hardware whose certificate failed. NOT-APPLICABLE: the claim speaks of",
-        "other hardware, or the system does not run here. NOT-RUN: a result that it needs is not there. Each case of each claim is in `claims.json`.",
+        "other hardware, or the system does not run here. NOT-RUN: a result that it needs is not there. Each case of",
+        "each claim is in `claims.json`.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,0 +1,36 @@
+import yaml
+
+from workflow.lib.claimfiles import input_files
+
+with open("config/claims.yaml", encoding="utf-8") as file:
+    CLAIMED = input_files(yaml.safe_load(file)["claims"])
+
+
+rule claims:
+    """Judge every claim from the result files. A missed bar is a verdict in the table and stops nothing."""
+    input:
+        claims="config/claims.yaml",
+        schema="workflow/schemas/claims.schema.json",
+        certificate=f"results/{RUN}/certificate.json",
+        results=[
+            f"results/{RUN}/{name}"
+            for name in CLAIMED
+            if has_rules(name.split("/")[0])
+        ],
+        code=[
+            "workflow/scripts/claims.py",
+            "workflow/lib/claims.py",
+            "workflow/lib/claimfiles.py",
+        ],
+    output:
+        verdicts=f"results/{RUN}/claims.json",
+        table=f"results/{RUN}/claims.md",
+    log:
+        f"results/{RUN}/logs/claims.log",
+    conda:
+        "../../envs/figures.yaml"
+    params:
+        folder=f"results/{RUN}",
+    shell:
+        "python -m workflow.scripts.claims --results {params.folder} --claims {input.claims}"
+        " --out {output.verdicts} --table {output.table} > {log} 2>&1"

@@ -1,0 +1,149 @@
+from pathlib import Path
+
+from workflow.lib.systems import PRESSURE_SYSTEMS, RESUME_METHODS, STREAMING_GROUPS
+
+STREAMING = [system for group in STREAMING_GROUPS.values() for system in group]
+PLOTTING = [
+    "workflow/plots/style.py",
+    "workflow/plots/load.py",
+    "workflow/lib/results.py",
+    "workflow/lib/stats.py",
+]
+RULES_FOLDER = Path(workflow.current_basedir)
+
+
+def has_rules(experiment):
+    """Whether this experiment is part of the pipeline: its rules are there."""
+    return (RULES_FOLDER / f"{experiment}.smk").exists()
+
+
+def result_files(experiment, systems):
+    return [f"results/{RUN}/{experiment}/{system}.json" for system in systems]
+
+
+rule fig5:
+    """Streaming: the rate of the link, the time of a pass, the first token, the sizes of a chunk."""
+    input:
+        results=result_files("streaming", STREAMING),
+        certificate=f"results/{RUN}/certificate.json",
+        code=["workflow/plots/fig5.py", *PLOTTING],
+    output:
+        pdf="paper_figures/fig5.pdf",
+        numbers="paper_figures/fig5.csv",
+    log:
+        f"results/{RUN}/logs/fig5.log",
+    conda:
+        "../../envs/figures.yaml"
+    params:
+        folder=f"results/{RUN}",
+    shell:
+        "python -m workflow.plots.fig5 --results {params.folder} --out {output.pdf} --csv {output.numbers}"
+        " > {log} 2>&1"
+
+
+rule report:
+    """Streaming: the comparison as a table, with the targets and what was measured of them."""
+    input:
+        results=result_files("streaming", STREAMING),
+        certificate=f"results/{RUN}/certificate.json",
+        claims="config/claims.yaml",
+        code=[
+            "workflow/scripts/report.py",
+            "workflow/lib/claims.py",
+            "workflow/plots/fig5.py",
+            *PLOTTING,
+        ],
+    output:
+        text=f"results/{RUN}/streaming/report.md",
+        numbers=f"results/{RUN}/streaming/report.csv",
+    log:
+        f"results/{RUN}/logs/report.log",
+    conda:
+        "../../envs/figures.yaml"
+    params:
+        folder=f"results/{RUN}",
+    shell:
+        "python -m workflow.scripts.report --results {params.folder} --claims {input.claims} --out {output.text}"
+        " > {log} 2>&1"
+
+
+rule fig6:
+    """Memory pressure: device memory against sessions and time, the demand, the cap."""
+    input:
+        results=result_files("pressure", PRESSURE_SYSTEMS),
+        certificate=f"results/{RUN}/certificate.json",
+        code=["workflow/plots/fig6.py", *PLOTTING],
+    output:
+        pdf="paper_figures/fig6.pdf",
+        numbers="paper_figures/fig6.csv",
+    log:
+        f"results/{RUN}/logs/fig6.log",
+    conda:
+        "../../envs/figures.yaml"
+    params:
+        folder=f"results/{RUN}",
+    shell:
+        "python -m workflow.plots.fig6 --results {params.folder} --out {output.pdf} --csv {output.numbers}"
+        " > {log} 2>&1"
+
+
+rule fig7:
+    """Resume latency against depth, both end points, with the bound that the link sets."""
+    input:
+        results=result_files("resume", RESUME_METHODS),
+        certificate=f"results/{RUN}/certificate.json",
+        code=["workflow/plots/fig7.py", *PLOTTING],
+    output:
+        pdf="paper_figures/fig7.pdf",
+        numbers="paper_figures/fig7.csv",
+    log:
+        f"results/{RUN}/logs/fig7.log",
+    conda:
+        "../../envs/figures.yaml"
+    params:
+        folder=f"results/{RUN}",
+    shell:
+        "python -m workflow.plots.fig7 --results {params.folder} --out {output.pdf} --csv {output.numbers}"
+        " > {log} 2>&1"
+
+
+rule table1:
+    """What each method costs: latency, sessions at the cap, edits, the code its user writes."""
+    input:
+        results=result_files("resume", RESUME_METHODS),
+        pressure=(
+            result_files("pressure", PRESSURE_SYSTEMS) if has_rules("pressure") else []
+        ),
+        certificate=f"results/{RUN}/certificate.json",
+        methods=sorted(
+            str(path) for path in Path("workflow/scripts/resume_methods").glob("*.py")
+        ),
+        code=["workflow/plots/table1.py", *PLOTTING],
+    output:
+        markdown="paper_figures/table1.md",
+        latex="paper_figures/table1.tex",
+        numbers="paper_figures/table1.csv",
+    log:
+        f"results/{RUN}/logs/table1.log",
+    conda:
+        "../../envs/figures.yaml"
+    params:
+        folder=f"results/{RUN}",
+    shell:
+        "python -m workflow.plots.table1 --results {params.folder} --out {output.markdown} > {log} 2>&1"
+
+
+rule memory_breakdown:
+    """Who holds the device's memory under pressure, from the ledger's own samples."""
+    input:
+        result=f"results/{RUN}/pressure/djinn.json",
+        code=["workflow/scripts/memory_breakdown.py", *PLOTTING],
+    output:
+        text=f"results/{RUN}/pressure/memory_breakdown.md",
+        numbers=f"results/{RUN}/pressure/memory_breakdown.csv",
+    log:
+        f"results/{RUN}/logs/memory_breakdown.log",
+    conda:
+        "../../envs/figures.yaml"
+    shell:
+        "python -m workflow.scripts.memory_breakdown --result {input.result} --out {output.text} > {log} 2>&1"
