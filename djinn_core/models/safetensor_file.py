@@ -92,12 +92,14 @@ class SafetensorFile:
         try:
             header = json.loads(os.pread(self._fd, header_bytes, 8))
             entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            fields = [(name, e["dtype"], torch.Size(e["shape"]), *e["data_offsets"]) for name, e in entries.items()]
+            fields = [
+                (name, e["dtype"], torch.Size(e["shape"]), *map(int, e["data_offsets"])) for name, e in entries.items()
+            ]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise WeightsError(f"{self.path} has a corrupt header: {error!r}") from error
         data = 8 + header_bytes
         tensors, end_of_last = {}, 0
-        for name, dtype, shape, begin, end in sorted(fields, key=lambda field: field[3:]):
+        for name, dtype, shape, begin, end in sorted(fields, key=lambda field: field[3:5]):
             if dtype not in DTYPES:
                 raise WeightsError(f"{self.path}: {name} is stored as {dtype}; known are {', '.join(DTYPES)}")
             if begin != end_of_last or end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
