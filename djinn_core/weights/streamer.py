@@ -209,7 +209,6 @@ class Streamer:
             slot.ready.record(stream)
         except DeviceError:
             slot.step(SlotStep.DROP)
-            slot.position = -1
             raise
         self.total_moved_bytes += slot.filled_bytes
         slot.step(SlotStep.FILLED)

@@ -163,6 +163,17 @@ def test_prefetch_crosses_the_border_between_passes(rig):
     assert r.device.copied.h2d_bytes == 24 * 3000
 
 
+def test_a_slot_is_filled_again_as_soon_as_it_is_released(rig):
+    r = rig([3000] * 8, slots=2)
+    r.streamer.begin_pass(0)
+    for layer in range(8):
+        r.streamer.acquire(layer)
+        assert r.device.copied.h2d_bytes == 3000 * (layer + 2)
+        r.streamer.release(layer)
+        assert r.device.copied.h2d_bytes == 3000 * (layer + 3)
+    r.streamer.end_pass()
+
+
 def test_resuming_where_the_last_pass_stopped_drops_nothing(rig):
     r = rig([3000] * 10, slots=3)
     assert right(r, r.run(stop_after=3), last_layer=3)
@@ -283,7 +294,7 @@ def test_a_slot_reused_too_early_is_caught_by_the_bytes_read(rig):
 
 def test_a_slot_per_layer_number_is_refused_at_the_wrap(rig):
     r = rig([3000] * 40, streamer=SlotPerLayer, slots=3)
-    with pytest.raises(DeviceError, match="slot 0 is ready .position 39. and cannot fill"):
+    with pytest.raises(DeviceError, match=r"slot 0 is ready \(position 39\) and cannot fill"):
         r.run()
 
 

@@ -1,0 +1,266 @@
+"""A model larger than its budget equals the stock model bit for bit, within the budget, and leaves nothing behind."""
+
+import inspect
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+from djinn_core.device.faults import FaultPlan
+from djinn_core.errors import (
+    ConfigError,
+    DeviceError,
+    OutOfDeviceMemory,
+    OutOfHostMemory,
+    PinningRefused,
+    SessionStateError,
+    UsageError,
+)
+from djinn_core.models.export import fill_model
+from djinn_core.models.source import open_source
+from djinn_core.runtime import Runtime
+
+MIB = 1 << 20
+LLAMA = LlamaConfig(
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=10,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=256,
+    max_position_embeddings=128,
+)
+GPT2 = GPT2Config(
+    n_embd=128, n_layer=10, n_head=4, vocab_size=256, n_positions=128, bos_token_id=0, eos_token_id=None, pad_token_id=0
+)
+HOST = {"host_bytes": 32 * MIB}
+IDS = torch.arange(18).reshape(2, 9) * 7 % 256
+MASK = torch.tensor([[1] * 9, [0] * 3 + [1] * 6])
+
+
+def stock(config, dtype):
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    fill_model(model, open_source(config, dtype=dtype))
+    return model
+
+
+def answers(model):
+    """Logits of a prefill, and tokens of a greedy and of a sampled generation."""
+    how = {"max_new_tokens": 6, "attention_mask": MASK, "pad_token_id": 0}
+    with torch.inference_mode():
+        logits = model(IDS, attention_mask=MASK).logits.clone()
+        greedy = model.generate(IDS, do_sample=False, **how)
+        torch.manual_seed(3)
+        sampled = model.generate(IDS, do_sample=True, top_k=20, **how)
+    return logits, greedy, sampled
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_a_model_larger_than_its_budget_equals_the_stock_model(config, dtype):
+    want = answers(stock(config, dtype))
+    budget = 3 * MIB if dtype is torch.float32 else 3 * MIB // 2
+    with Runtime("cpu", budget_bytes=budget, **HOST) as runtime:
+        model = runtime.load(config, dtype=dtype, resident_layers="none")
+        assert model.djinn.parameter_bytes > budget
+        for _ in range(2):
+            for got, expected in zip(answers(model), want, strict=True):
+                assert torch.equal(got, expected)
+            assert model.djinn.last_pass.moved_bytes == model.djinn.plan.streamed_bytes_per_pass
+        memory = runtime.memory()
+        held = memory.resident_weights_bytes + memory.ring_bytes
+        assert held == model.djinn.plan.device_bytes == runtime.device.used_bytes() <= budget
+        assert model.djinn.host_bytes <= 1.05 * model.djinn.parameter_bytes
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"resident_layers": "none", "slots": 3},
+        {"resident_layers": 3, "slots": 2, "chunk_bytes": 50_000},
+        {"resident_layers": 1, "slots": 1},
+        {"resident_layers": "all"},
+        {"resident_layers": "fill"},
+    ],
+    ids=str,
+)
+def test_every_plan_gives_the_same_answers(how):
+    want = answers(stock(LLAMA, torch.float32))
+    with Runtime("cpu", budget_bytes=16 * MIB, **HOST) as runtime:
+        model = runtime.load(LLAMA, dtype="float32", **how)
+        for got, expected in zip(answers(model), want, strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_two_models_share_one_budget_and_take_turns():
+    want = answers(stock(LLAMA, torch.float32)), answers(stock(GPT2, torch.float32))
+    with Runtime("cpu", budget_bytes=6 * MIB, **HOST) as runtime:
+        first = runtime.load(LLAMA, dtype="float32", resident_layers="none", slots=2)
+        second = runtime.load(GPT2, dtype="float32", resident_layers="none", slots=2)
+        for model, expected in zip((first, second, first), (*want, want[0]), strict=True):
+            assert all(map(torch.equal, answers(model), expected))
+        with pytest.raises(OutOfDeviceMemory):
+            runtime.load(LLAMA, dtype="float32", resident_layers="all")
+        runtime.unload(first)
+        assert runtime.memory().ring_bytes == second.djinn.plan.ring_bytes
+        assert all(map(torch.equal, answers(second), want[1]))
+
+
+def test_everything_goes_back_at_close():
+    runtime = Runtime("cpu", budget_bytes=4 * MIB, **HOST)
+    for _ in range(3):
+        model = runtime.load(LLAMA, dtype="float32", resident_layers="none")
+        answers(model)
+        runtime.unload(model)
+        runtime.pool.trim()
+        assert runtime.device.used_bytes() == runtime.pool.held_bytes == runtime.host.held_bytes == 0
+    model = runtime.load(LLAMA, dtype="float32", resident_layers="none")
+    runtime.close()
+    runtime.close()
+    assert runtime.pool.held_bytes == runtime.host.held_bytes == 0
+    assert all(parameter.is_meta for parameter in model.parameters())
+    with pytest.raises(SessionStateError, match="closed"):
+        runtime.memory()
+
+
+def test_a_budget_below_the_minimum_is_refused_before_any_copy():
+    with Runtime("cpu", budget_bytes=MIB, **HOST) as runtime:
+        with pytest.raises(OutOfDeviceMemory) as caught:
+            runtime.load(LLAMA, dtype="float32")
+        assert caught.value.needed_bytes > caught.value.free_bytes == MIB
+        assert runtime.device.copied.h2d_bytes == 0
+        assert runtime.device.used_bytes() == runtime.host.pinned_bytes == 0
+
+
+def test_a_host_budget_too_small_is_refused_and_leaves_nothing():
+    with Runtime("cpu", budget_bytes=4 * MIB, host_bytes=MIB) as runtime:
+        with pytest.raises(OutOfHostMemory):
+            runtime.load(LLAMA, dtype="float32", resident_layers="none")
+        assert runtime.pool.held_bytes == runtime.host.held_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "nth", "error"),
+    [
+        ("create", 1, OutOfDeviceMemory),
+        ("create", 3, OutOfDeviceMemory),
+        ("map", 1, DeviceError),
+        ("grant", 2, DeviceError),
+        ("pin", 1, PinningRefused),
+        ("pin", 2, PinningRefused),
+        ("copy", 1, DeviceError),
+    ],
+)
+def test_a_load_that_fails_leaves_nothing_and_can_be_retried(call, nth, error):
+    with Runtime("cpu", budget_bytes=4 * MIB, **HOST) as runtime:
+        runtime.device.faults = FaultPlan().fail(call, nth)
+        with pytest.raises(error):
+            runtime.load(LLAMA, dtype="float32", resident_layers="none")
+        assert runtime.device.faults.fired == [call]
+        assert runtime.pool.held_bytes == runtime.host.held_bytes == 0
+        model = runtime.load(LLAMA, dtype="float32", resident_layers="none")
+        assert all(map(torch.equal, answers(model), answers(stock(LLAMA, torch.float32))))
+
+
+def test_a_pass_that_fails_leaves_the_model_right():
+    want = answers(stock(LLAMA, torch.float32))
+    with Runtime("cpu", budget_bytes=4 * MIB, **HOST) as runtime:
+        model = runtime.load(LLAMA, dtype="float32", resident_layers="none", slots=3)
+        handle = model.model.layers[4].mlp.register_forward_pre_hook(fail)
+        with pytest.raises(ValueError, match="boom"):
+            answers(model)
+        handle.remove()
+        assert all(map(torch.equal, answers(model), want))
+        runtime.device.faults = FaultPlan().fail("copy", 5)
+        with pytest.raises(DeviceError):
+            answers(model)
+        assert all(map(torch.equal, answers(model), want))
+
+
+def fail(*_):
+    raise ValueError("boom")
+
+
+def test_swapped_blocks_show_in_the_logits():
+    want = answers(stock(LLAMA, torch.float32))[0]
+    with Runtime("cpu", budget_bytes=4 * MIB, **HOST) as runtime:
+        model = runtime.load(LLAMA, dtype="float32", resident_layers="none")
+        blocks = model.djinn.provider._blocks
+        blocks[3], blocks[4] = blocks[4], blocks[3]
+        assert not torch.equal(answers(model)[0], want)
+
+
+def test_the_model_looks_like_the_stock_model():
+    reference = stock(LLAMA, torch.float32)
+    with Runtime("cpu", budget_bytes=4 * MIB, **HOST) as runtime:
+        model = runtime.load(LLAMA, dtype="float32")
+        assert type(model) is type(reference)
+        assert inspect.signature(model.forward) == inspect.signature(reference.forward)
+        assert inspect.signature(model.model.forward) == inspect.signature(reference.model.forward)
+        assert str(model) == str(reference)
+        assert set(model.state_dict()) == set(reference.state_dict())
+        with torch.inference_mode():
+            got, want = (m(IDS, output_hidden_states=True) for m in (model, reference))
+        assert all(map(torch.equal, got.hidden_states, want.hidden_states))
+
+
+def test_gradients_through_streamed_weights_are_refused():
+    with Runtime("cpu", budget_bytes=4 * MIB, **HOST) as runtime:
+        model = runtime.load(LLAMA, dtype="float32", resident_layers="none")
+        embeds = torch.zeros(1, 4, 128, requires_grad=True)
+        with pytest.raises(UsageError, match="gradients"):
+            model(inputs_embeds=embeds)
+
+
+def test_addresses_are_stable_exactly_when_the_plan_says_so():
+    def addresses(model):
+        return [layer.mlp.up_proj.weight.data_ptr() for layer in model.model.layers]
+
+    with Runtime("cpu", budget_bytes=16 * MIB, **HOST) as runtime:
+        for slots, stable in ((5, True), (3, False)):
+            model = runtime.load(LLAMA, dtype="float32", resident_layers="none", slots=slots)
+            answers(model)
+            before = addresses(model)
+            answers(model)
+            assert model.djinn.plan.stable_addresses == stable == (addresses(model) == before)
+            runtime.unload(model)
+
+
+def test_progress_reaches_the_end_and_never_falls():
+    seen = []
+    with Runtime("cpu", budget_bytes=4 * MIB, **HOST) as runtime:
+        model = runtime.load(LLAMA, dtype="float32", progress=lambda done, total: seen.append((done, total)))
+        assert seen[0][0] == 0 and seen[-1] == (model.djinn.parameter_bytes,) * 2
+        assert seen == sorted(seen)
+
+
+def test_keep_free_bytes_are_kept_free():
+    with Runtime("cpu", budget_bytes=4 * MIB, **HOST) as runtime:
+        runtime.load(LLAMA, dtype="float32", keep_free_bytes=MIB)
+        assert runtime.pool.free_bytes >= MIB
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "needs budget_bytes"),
+        ({"budget_bytes": -1}, "budget_bytes is -1"),
+        ({"budget_bytes": 1.5}, "budget_bytes is 1.5"),
+        ({"budget_bytes": MIB, "disk_bytes": 5}, "needs both"),
+    ],
+)
+def test_settings_of_a_runtime_are_checked(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        Runtime("cpu", **settings)
+
+
+def test_a_budget_that_the_activations_eat_is_refused():
+    with pytest.raises(OutOfDeviceMemory, match="activations are given"):
+        Runtime("cpu", budget_bytes=MIB, activation_bytes=MIB)
+
+
+def test_a_model_of_another_runtime_is_not_unloaded():
+    with Runtime("cpu", budget_bytes=4 * MIB, **HOST) as one, Runtime("cpu", budget_bytes=4 * MIB, **HOST) as other:
+        model = one.load(LLAMA, dtype="float32")
+        with pytest.raises(SessionStateError, match="not loaded in this runtime"):
+            other.unload(model)
