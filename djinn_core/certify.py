@@ -184,27 +184,31 @@ def _peer_rate(here: torch.Tensor, there: torch.Tensor) -> float:
     return here.numel() / (time.perf_counter() - began_s) / 1e9
 
 
-def link_table(bench: LinkBench, sizes_bytes: Sequence[int], copies: int) -> Iterator[dict[str, Any]]:
-    """Rows of (`metric`, `direction`, `memory`, `size_bytes`, `value`, `unit`), one per copy that is not a warm-up."""
+def link_table(
+    bench: LinkBench, sizes_bytes: Sequence[int], copies: int, *, limits: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Rows of (`metric`, `direction`, `memory`, `size_bytes`, `value`, `unit`), one per timing, warm-ups flagged.
+
+    With `limits` only what the four rates are made of, under the metric `limit_gbps`.
+    """
+    memory = "pinned" if bench.pinned else "pageable"  # where pinning is optional and was refused, nothing is pinned
     ways: dict[tuple[str, str], Callable[[int], float]] = {
-        ("h2d", "pinned"): bench.h2d_gbps,
-        ("d2h", "pinned"): bench.d2h_gbps,
-        ("bidirectional", "pinned"): bench.bidirectional_gbps,
-        ("h2d", "pageable"): lambda size: bench.pageable_gbps(size, Direction.H2D),
-        ("d2h", "pageable"): lambda size: bench.pageable_gbps(size, Direction.D2H),
+        ("h2d", memory): bench.h2d_gbps,
+        ("d2h", memory): bench.d2h_gbps,
+        ("bidirectional", memory): bench.bidirectional_gbps,
     }
-    if not bench.pinned:  # pinning is optional and was refused: nothing may be called pinned
-        ways = {(direction, "pageable"): timed for (direction, memory), timed in ways.items() if memory == "pinned"}
+    if bench.pinned and not limits:
+        ways["h2d", "pageable"] = lambda size_bytes: bench.pageable_gbps(size_bytes, Direction.H2D)
+        ways["d2h", "pageable"] = lambda size_bytes: bench.pageable_gbps(size_bytes, Direction.D2H)
     for size_bytes in sizes_bytes:
-        for (direction, memory), timed in ways.items():
+        for (direction, kind), timed in ways.items():
             for number in range(WARMUP_COPIES + copies):
-                rate = timed(size_bytes)
                 yield {
-                    "metric": "copy_gbps",
-                    "value": rate,
+                    "metric": "limit_gbps" if limits else "copy_gbps",
+                    "value": timed(size_bytes),
                     "unit": "GB/s",
                     "warmup": number < WARMUP_COPIES,
                     "direction": direction,
-                    "memory": memory,
+                    "memory": kind,
                     "size_bytes": size_bytes,
                 }

@@ -129,6 +129,53 @@ def state(uuid: str | None) -> dict[str, Any]:
     return facts
 
 
+def link(uuid: str | None) -> dict[str, int | None]:
+    """PCIe generation and width in use at this moment."""
+    facts: dict[str, int | None] = {"pcie_generation": None, "pcie_width": None}
+    if uuid is not None:
+        with nvml():
+            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            facts["pcie_generation"] = _ask(pynvml.nvmlDeviceGetCurrPcieLinkGeneration, handle)
+            facts["pcie_width"] = _ask(pynvml.nvmlDeviceGetCurrPcieLinkWidth, handle)
+    return facts
+
+
+def ecc(uuid: str) -> tuple[bool, int | None]:
+    """(ECC is on, uncorrected errors since the driver was loaded or None where the card has no ECC)."""
+    with nvml():
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        modes = _ask(pynvml.nvmlDeviceGetEccMode, handle)
+        kinds = (pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC)
+        errors = _ask(pynvml.nvmlDeviceGetTotalEccErrors, handle, *kinds)
+    return bool(modes and modes[0] == pynvml.NVML_FEATURE_ENABLED), errors
+
+
+def gpu_numa_node(uuid: str | None) -> int | None:
+    """The NUMA node that the GPU's link ends at; None where the kernel does not say."""
+    if uuid is None:
+        return None
+    with nvml():
+        address = pynvml.nvmlDeviceGetPciInfo(pynvml.nvmlDeviceGetHandleByUUID(uuid)).busId
+    address = address.decode() if isinstance(address, bytes) else address
+    file = Path("/sys/bus/pci/devices") / address.lower()[-12:] / "numa_node"
+    node = int(file.read_text()) if file.is_file() else -1
+    return node if node >= 0 else None
+
+
+def own_numa_nodes() -> list[int]:
+    """The NUMA nodes whose cores this process may run on."""
+    mine = os.sched_getaffinity(0)
+    nodes = []
+    for folder in Path("/sys/devices/system/node").glob("node[0-9]*"):
+        cores: set[int] = set()
+        for part in filter(None, (folder / "cpulist").read_text().strip().split(",")):
+            first, _, last = part.partition("-")
+            cores.update(range(int(first), int(last or first) + 1))
+        if cores & mine:
+            nodes.append(int(folder.name.removeprefix("node")))
+    return sorted(nodes) or [0]
+
+
 def throttle_reasons(mask: int) -> list[str]:
     """The names of the set bits that slow a GPU down, as NVML calls them."""
     names = []

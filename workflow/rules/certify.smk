@@ -1,0 +1,21 @@
+rule certify:
+    """The certificate of this machine, in the run's preset."""
+    input:
+        f"results/{RUN}/certificate.json",
+
+
+rule certificate:
+    """What the machine's links, host memory and disk can do, with a verdict per line."""
+    input:
+        code=code_of("certify"),
+    output:
+        certificate="results/{run}/certificate.json",
+    log:
+        "results/{run}/logs/certify.log",
+    conda:
+        "../../envs/experiments.yaml"
+    params:
+        settings=settings("certify"),
+    threads: ALL_CORES
+    shell:
+        "python -m workflow.scripts.certify --run {wildcards.run} --out {output.certificate} --log {log}"

@@ -1,0 +1,38 @@
+# What the rules share: which run this is, its settings, and the code behind a result.
+import sys
+
+from snakemake.exceptions import WorkflowError
+
+sys.path.insert(0, str(workflow.basedir))
+
+from workflow.lib import identity
+from workflow.lib.config import SettingsError, auto_run, canonical, load_config
+
+
+def settings_of(run):
+    """The checked settings of a run; a wrong one ends Snakemake with one line."""
+    try:
+        return load_config(run)
+    except SettingsError as error:
+        raise WorkflowError(str(error)) from error
+
+
+def code_of(experiment):
+    """Inputs of a measuring rule: the experiment's scripts and all of this repository that they import."""
+    return identity.code_of(experiment)
+
+
+def settings(experiment):
+    """A parameter that changes when, and only when, the settings of this experiment in its run do."""
+    return lambda wildcards: canonical(settings_of(wildcards.run), experiment)
+
+
+RUN = auto_run() if config["run"] == "auto" else config["run"]
+settings_of(RUN)
+# Rules that measure take all cores that Snakemake has, so that no two of them ever run beside each other.
+ALL_CORES = workflow.cores or 1
+
+
+wildcard_constraints:
+    run="[a-z0-9_]+",
+    system="[a-z0-9_]+",
