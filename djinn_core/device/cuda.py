@@ -141,6 +141,8 @@ class CudaDevice(Device):
             raise DeviceError(f"{describe('cuMemSetAccess', code)} at {address:#x} + {size_bytes:,}")
 
     def unmap(self, address: int, size_bytes: int) -> None:
+        if address not in self._mapped:  # the driver says nothing then (580), and the caller's books are wrong
+            raise DeviceError(f"nothing is mapped at {address:#x}, so it cannot be unmapped")
         self._enter()
         code = driver.cuMemUnmap(address, size_bytes)[0]
         if code:
