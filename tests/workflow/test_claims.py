@@ -1,0 +1,215 @@
+"""Claims: the verdict follows from the files, and every kind of verdict can come out."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.workflow.synthetic import Maker
+from workflow.lib.claimfiles import input_files
+from workflow.lib.claims import FAIL, INCONCLUSIVE, NOT_RUN, OTHER_HARDWARE, PASS
+from workflow.lib.results import ResultError, validate
+from workflow.scripts import claims
+
+REPOSITORY = Path(__file__).parents[2]
+BY_ID = {claim["id"]: claim for claim in claims.load_claims(REPOSITORY / "config/claims.yaml")}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Maker:
+    maker = Maker(tmp_path / "h200")
+    maker.certificate()
+    return maker
+
+
+def judged(maker: Maker, name: str):
+    return claims.judge_all([BY_ID[name]], maker.folder)[0]
+
+
+def pair(maker: Maker, top: list[float], bottom: list[float], **changes) -> dict:
+    """A claim on the paired ratio of two systems' pass_s, with the result files that it reads."""
+    for system, values in (("djinn_a", top), ("peer_b", bottom)):
+        result = maker.result("streaming", system)
+        for value in values:
+            result.sample("pass_s", value, "s")
+        maker.write(result)
+    claim = {
+        "id": "made-up",
+        "sentence": "A claim of this test alone.",
+        "figure": "fig5",
+        "experiment": "streaming",
+        "value": {"ratio": [{"system": "djinn_a", "metric": "pass_s"}, {"system": "peer_b", "metric": "pass_s"}]},
+        "comparator": "at_most",
+        "bound": 1.1,
+    }
+    claim |= changes
+    validate({"claims": [claim]}, "claims", "test")
+    return claim
+
+
+def test_every_bar_is_a_claim_on_a_file_that_the_experiments_name():
+    named = {name.split("/")[0] for name in input_files(BY_ID.values())}
+    assert named == {"streaming", "resume", "pressure"}
+    assert BY_ID["streaming-link-rate"]["bound"] == 0.98
+    assert {BY_ID[f"streaming-vs-{peer}"]["bound"] for peer in ("deepspeed-tuned", "deepspeed", "accelerate")} == {
+        1.15,
+        1.3,
+        6.5,
+    }
+
+
+def test_a_ratio_beyond_the_bound_fails_and_within_passes(run: Maker):
+    claim = pair(run, [1.0, 1.0, 1.0], [1.0, 1.0, 1.0])
+    assert claims.judge_all([claim], run.folder)[0].verdict == PASS
+    claim = pair(run, [1.2, 1.2, 1.2], [1.0, 1.0, 1.0])
+    item = claims.judge_all([claim], run.folder)[0]
+    assert item.verdict == FAIL
+    assert item.deciding.value == pytest.approx(1.2)
+
+
+def test_a_bound_met_by_luck_is_inconclusive(run: Maker):
+    claim = pair(run, [0.9, 1.0, 1.3], [1.0, 1.0, 1.0])
+    item = claims.judge_all([claim], run.folder)[0]
+    assert item.verdict == INCONCLUSIVE
+    assert item.deciding.low < 1.1 < item.deciding.high
+
+
+def test_paired_ratios_are_taken_row_by_row(run: Maker):
+    slow_then_fast, partner = [1.0, 2.0, 4.0, 8.0], [1.0, 2.0, 4.0, 8.0]
+    metric = {"metric": "pass_s"}
+    ratio = [{"system": "djinn_a", **metric}, {"system": "peer_b", **metric}]
+    claim = pair(run, slow_then_fast, partner, value={"ratio": ratio, "paired": True})
+    case = claims.judge_all([claim], run.folder)[0].deciding
+    assert (case.value, case.low, case.high) == (1.0, 1.0, 1.0)
+    claim = pair(run, slow_then_fast, partner[:3], value={"ratio": ratio, "paired": True})
+    assert claims.judge_all([claim], run.folder)[0].verdict == INCONCLUSIVE
+
+
+def test_warmups_do_not_count(run: Maker):
+    claim = pair(run, [1.0, 1.0], [1.0, 1.0])
+    result = run.result("streaming", "djinn_a")
+    result.sample("pass_s", 50.0, "s", warmup=True)
+    result.sample("pass_s", 1.0, "s")
+    run.write(result)
+    assert claims.judge_all([claim], run.folder)[0].deciding.value == 1.0
+
+
+def test_the_worst_case_decides(run: Maker):
+    run.streaming(rates={"djinn_chunk128mib": 50.0})
+    item = judged(run, "streaming-link-rate")
+    assert item.verdict == FAIL
+    assert item.deciding.variables == {"system": "djinn_chunk128mib"}
+    assert sorted(case.verdict for case in item.cases) == [FAIL, PASS, PASS, PASS]
+
+
+def test_what_was_not_run_says_so(run: Maker):
+    item = judged(run, "resume-ready")
+    assert item.verdict == NOT_RUN
+    assert item.deciding.value is None
+
+
+def test_claims_of_a_gpu_are_not_applicable_elsewhere_but_correctness_is(tmp_path: Path):
+    maker = Maker(tmp_path / "cpu", gpu=None, run="cpu")
+    maker.certificate()
+    maker.streaming()
+    assert judged(maker, "streaming-vs-deepspeed").verdict == OTHER_HARDWARE
+    assert judged(maker, "streaming-logits-equal").verdict == PASS
+    assert judged(maker, "streaming-under-cap").verdict == PASS
+
+
+def test_a_broken_gate_fails_even_though_the_result_is_failed(run: Maker):
+    run.streaming()
+    result = run.result("streaming", "djinn_resident")
+    result.sample("pass_s", 0.1, "s")
+    result.check("logits_bit_equal", False)
+    run.write(result)
+    item = judged(run, "streaming-logits-equal")
+    assert item.verdict == FAIL
+    assert "logits_bit_equal" in item.deciding.reason
+    assert judged(run, "streaming-filled-vs-accelerate").verdict == FAIL
+
+
+@pytest.mark.parametrize(
+    ("status", "verdict"),
+    [("inconclusive", INCONCLUSIVE), ("out_of_memory", INCONCLUSIVE), ("unsupported", OTHER_HARDWARE)],
+)
+def test_a_peer_without_numbers_is_no_victory(run: Maker, status: str, verdict: str):
+    run.streaming(failing={"deepspeed_cpu": (status, "as the test wants")})
+    assert judged(run, "streaming-vs-deepspeed").verdict == verdict
+
+
+def test_other_code_or_another_machine_is_not_compared(run: Maker):
+    claim = pair(run, [1.0, 1.0], [1.0, 1.0])
+    run.source_digest = "1" * 32
+    result = run.result("streaming", "peer_b")
+    result.sample("pass_s", 1.0, "s")
+    run.write(result)
+    item = claims.judge_all([claim], run.folder)[0]
+    assert item.verdict == INCONCLUSIVE
+    assert "source.digest" in item.deciding.reason
+
+
+def test_an_uncertified_gpu_decides_nothing(run: Maker):
+    run.streaming()
+    run.certificate("fail")
+    assert judged(run, "streaming-vs-deepspeed").verdict == INCONCLUSIVE
+    assert judged(run, "streaming-logits-equal").verdict == PASS
+
+
+def test_resume_and_pressure_claims_find_their_numbers(run: Maker):
+    run.resume()
+    run.pressure()
+    for name in ("resume-ready-flat", "resume-next-logits-vs-eager", "resume-next-token", "resume-drain"):
+        assert judged(run, name).verdict == PASS, name
+    for name in ("pressure-all-complete", "pressure-under-cap", "pressure-flat", "pressure-total"):
+        assert judged(run, name).verdict == PASS, name
+    assert judged(run, "resume-eager-holds-the-gpu").verdict == PASS
+    assert judged(run, "resume-next-token").deciding.value == pytest.approx(1.0, abs=0.02)
+
+
+def test_the_command_writes_both_files_and_a_failed_claim_is_no_error(run: Maker, monkeypatch: pytest.MonkeyPatch):
+    run.streaming(rates={"djinn_chunk16mib": 30.0})
+    out, text = run.folder / "claims.json", run.folder / "claims.md"
+    arguments = ["claims", "--results", str(run.folder), "--claims", str(REPOSITORY / "config/claims.yaml")]
+    monkeypatch.setattr("sys.argv", [*arguments, "--out", str(out), "--table", str(text)])
+    assert claims.main() == 0
+    document = json.loads(out.read_text())
+    assert document["counts"][FAIL] > 0
+    assert {entry["id"] for entry in document["claims"]} == set(BY_ID)
+    assert "| FAIL |" in text.read_text()
+    first = out.read_bytes()
+    assert claims.main() == 0
+    assert out.read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("comparator",), "about"),
+        (("bound",), "many"),
+        (("value", "ratio"), [1.0]),
+        (("value",), {"system": "djinn", "metric": "pass_s", "statistic": "median"}),
+        (("speed",), 3),
+    ],
+)
+def test_a_claim_that_the_schema_does_not_know_is_refused(tmp_path: Path, path: tuple[str, ...], value: object):
+    claim = copy.deepcopy(BY_ID["streaming-filled-vs-accelerate"])
+    place = claim
+    for name in path[:-1]:
+        place = place[name]
+    place[path[-1]] = value
+    file = tmp_path / "claims.yaml"
+    file.write_text(yaml.safe_dump({"claims": [claim]}))
+    with pytest.raises(ResultError):
+        claims.load_claims(file)
+
+
+def test_an_id_used_twice_is_refused(tmp_path: Path):
+    file = tmp_path / "claims.yaml"
+    file.write_text(yaml.safe_dump({"claims": [BY_ID["resume-drain"]] * 2}))
+    with pytest.raises(ResultError, match="resume-drain"):
+        claims.load_claims(file)

@@ -1,0 +1,164 @@
+"""Figures: from result files alone, the same bytes each time, nothing dropped and nothing made up."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests.workflow.synthetic import Maker
+from workflow.lib.results import ResultError
+from workflow.lib.systems import STREAMING_GROUPS
+from workflow.plots import fig5
+from workflow.scripts import report
+
+REPOSITORY = Path(__file__).parents[2]
+PLOTS = sorted((REPOSITORY / "workflow/plots").glob("*.py"))
+SERIES_AT = 3
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Maker:
+    maker = Maker(tmp_path / "h200")
+    maker.certificate()
+    return maker
+
+
+def number_series(tree: ast.AST) -> list[int]:
+    """Lines with a literal list, tuple, set or dict of three or more numbers."""
+    found = []
+    for node in ast.walk(tree):
+        parts = getattr(node, "elts", None) if isinstance(node, ast.List | ast.Tuple | ast.Set) else None
+        parts = node.values if isinstance(node, ast.Dict) else parts
+        numbers = [part for part in parts or [] if is_number(part)]
+        if len(numbers) >= SERIES_AT:
+            found.append(node.lineno)
+    return found
+
+
+def is_number(node: ast.AST) -> bool:
+    node = node.operand if isinstance(node, ast.UnaryOp) else node
+    return isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool)
+
+
+@pytest.mark.parametrize("path", PLOTS, ids=lambda path: path.name)
+def test_plotting_code_holds_no_number_series(path: Path):
+    lines = number_series(ast.parse(path.read_text()))
+    allowed = {"rcParams", "width_ratios", "height_ratios"}
+    text = path.read_text().splitlines()
+    assert [line for line in lines if not any(word in text[line - 1] + text[line - 2] for word in allowed)] == []
+
+
+@pytest.mark.parametrize("code", ["y = [1.0, 2, 3]", "y = (1, -2, 3)", "y = {'a': 1, 'b': 2, 'c': 3}"])
+def test_a_number_series_would_be_seen(code: str):
+    assert number_series(ast.parse(code)) == [1]
+
+
+def test_drawing_imports_no_torch():
+    modules = [f"workflow.plots.{path.stem}" for path in PLOTS] + ["workflow.scripts.claims", "workflow.scripts.report"]
+    code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
+
+
+def drawn(module, maker: Maker, tmp_path: Path, name: str = "a") -> tuple[bytes, pd.DataFrame]:
+    out, csv = tmp_path / f"{name}.pdf", tmp_path / f"{name}.csv"
+    module.draw(maker.folder, out, csv)
+    return out.read_bytes(), pd.read_csv(csv)
+
+
+def test_fig5_is_the_same_file_twice_with_embedded_truetype_fonts(run: Maker, tmp_path: Path):
+    run.streaming()
+    first, _ = drawn(fig5, run, tmp_path, "a")
+    command = [
+        sys.executable,
+        "-m",
+        "workflow.plots.fig5",
+        "--results",
+        str(run.folder),
+        "--out",
+        str(tmp_path / "b.pdf"),
+    ]
+    subprocess.run(command, cwd=REPOSITORY, check=True, env={"PYTHONHASHSEED": "77", "PATH": "", "HOME": str(tmp_path)})
+    assert (tmp_path / "b.pdf").read_bytes() == first
+    assert b"/CreationDate" not in first
+    assert b"/FontFile2" in first
+    assert b"/Type3" not in first
+
+
+def test_fig5_csv_holds_what_the_files_hold(run: Maker, tmp_path: Path):
+    run.streaming()
+    _, table = drawn(fig5, run, tmp_path)
+    row = table[(table["system"] == "djinn_chunk64mib") & (table["metric"] == "pass_s")].iloc[0]
+    values = sorted(
+        fig5.read_folder(run.folder / "streaming", ["djinn_chunk64mib"])[0].values("pass_s"),
+    )
+    assert row["median"] == pytest.approx(values[len(values) // 2])
+    assert row["n"] == len(values)
+    assert set(table["system"]) == {system for group in STREAMING_GROUPS.values() for system in group}
+
+
+def test_a_system_without_numbers_is_shown_as_what_it_is(run: Maker, tmp_path: Path):
+    run.streaming(failing={"deepspeed_cpu": ("out_of_memory", "needs 9 bytes, has 8")})
+    _, table = drawn(fig5, run, tmp_path)
+    rows = table[table["system"] == "deepspeed_cpu"]
+    assert set(rows["status"]) == {"out_of_memory"}
+    assert rows["median"].isna().all()
+
+
+@pytest.mark.parametrize(("field", "value"), [("machine_id", "machine-2"), ("source_digest", "1" * 32)])
+def test_results_of_two_machines_or_two_codes_are_refused(run: Maker, tmp_path: Path, field: str, value: str):
+    run.streaming()
+    setattr(run, field, value)
+    result = run.result("streaming", "deepspeed_cpu")
+    result.sample("pass_s", 1.0, "s")
+    run.write(result)
+    with pytest.raises(ResultError, match=r"machine\.id|source\.digest"):
+        drawn(fig5, run, tmp_path)
+
+
+def test_a_missing_file_is_named_with_the_rule_to_run(run: Maker, tmp_path: Path):
+    run.streaming()
+    (run.folder / "streaming/deepspeed_nvme.json").unlink()
+    with pytest.raises(ResultError, match=r"deepspeed_nvme\.json is missing: run `snakemake"):
+        drawn(fig5, run, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "verdict", "marks"),
+    [("NVIDIA H200", "pass", set()), ("NVIDIA H200", "fail", {"uncertified"}), (None, "pass", {"emulated device"})],
+)
+def test_watermarks_say_what_a_figure_is_not(
+    tmp_path: Path, monkeypatch, gpu: str | None, verdict: str, marks: set[str]
+):
+    maker = Maker(tmp_path / "run", gpu=gpu)
+    maker.certificate(verdict)
+    maker.streaming()
+    written: list[str] = []
+    real = fig5.plt.Figure.text
+    monkeypatch.setattr(
+        fig5.plt.Figure, "text", lambda self, x, y, s, **k: (written.append(s), real(self, x, y, s, **k))[1]
+    )
+    drawn(fig5, maker, tmp_path)
+    seen = {words for line in written for words in line.split(" · ")} & {"uncertified", "emulated device"}
+    assert seen == marks
+    assert any("input " in words for words in written)
+
+
+def test_no_certificate_is_uncertified(run: Maker):
+    (run.folder / "certificate.json").unlink()
+    assert not fig5.read_certificate(run.folder / "certificate.json").ok
+
+
+def test_the_report_keeps_the_groups_apart_and_names_what_failed(run: Maker):
+    run.streaming(failing={"deepspeed_nvme": ("unsupported", "libaio is not installed")})
+    text, rows = report.report(run.folder, REPOSITORY / "config/claims.yaml")
+    nothing, filled = text.split("## Cap filled")
+    assert "Accelerate device_map" not in nothing
+    assert "DeepSpeed" not in filled.split("## Targets")[0]
+    assert "libaio is not installed" in nothing
+    assert "| PASS |" in filled
+    assert len(rows) == 10 * len(report.COLUMNS)
