@@ -1,1 +1,78 @@
-"""GPU memory as a cache in front of host memory, for model weights and paused inference sessions."""
+"""GPU memory as a cache in front of host memory, for model weights and paused inference sessions.
+
+    import djinn_core as djinn
+
+    model = djinn.load("llama-2-13b", dtype="bfloat16", budget_bytes=8 * 10**9)
+    session = djinn.open_session(model, max_length=4096)
+
+Names are imported when first used, so that `djinn_core.errors` and the tools that only read results need no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from djinn_core.errors import (
+    BreakpointError,
+    CapacityError,
+    ConfigError,
+    DeviceError,
+    DjinnError,
+    EditError,
+    IntegrityError,
+    OutOfDeviceMemory,
+    OutOfDisk,
+    OutOfHostMemory,
+    PinningRefused,
+    SessionStateError,
+    TransferError,
+    UnsupportedModel,
+    UsageError,
+    WeightsError,
+)
+
+if TYPE_CHECKING:
+    from djinn_core.memory import Memory
+    from djinn_core.runtime import Runtime, load
+
+__all__ = [
+    "BreakpointError",
+    "CapacityError",
+    "ConfigError",
+    "DeviceError",
+    "DjinnError",
+    "EditError",
+    "IntegrityError",
+    "Memory",
+    "OutOfDeviceMemory",
+    "OutOfDisk",
+    "OutOfHostMemory",
+    "PinningRefused",
+    "Runtime",
+    "SessionStateError",
+    "TransferError",
+    "UnsupportedModel",
+    "UsageError",
+    "WeightsError",
+    "load",
+]
+
+_HOMES = {
+    "Memory": "djinn_core.memory",
+    "Runtime": "djinn_core.runtime",
+    "load": "djinn_core.runtime",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'djinn_core' has no attribute {name!r}")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,6 +12,7 @@ middle of a pass, so a fixed border is the only one that holds.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -270,3 +271,30 @@ def _check_sizes(**sizes: int | None) -> None:
     for name, size in sizes.items():
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
             raise ConfigError(f"{name} is {size!r}; it is a number of bytes, a whole number from 0")
+
+
+def load(source: str | Path | PretrainedConfig, *, device: str = "auto", **settings: Any) -> PreTrainedModel:
+    """A model in a runtime of its own: `model.djinn.runtime`, which ends with `model.djinn.runtime.close()`.
+
+    `settings` are those of `Runtime` and of `Runtime.load`, each by its name.
+
+    Raises:
+        ConfigError: a setting that neither of them knows. And what they raise.
+    """
+    of_runtime = {name: value for name, value in settings.items() if name in _names_of(Runtime.__init__)}
+    of_load = {name: value for name, value in settings.items() if name not in of_runtime}
+    if unknown := sorted(set(of_load) - _names_of(Runtime.load)):
+        allowed = sorted(_names_of(Runtime.__init__) | _names_of(Runtime.load))
+        raise ConfigError(f"load does not know {', '.join(unknown)}; it takes {', '.join(allowed)}")
+    runtime = Runtime(device, **of_runtime)
+    try:
+        return runtime.load(source, **of_load)
+    except BaseException:
+        runtime.close()
+        raise
+
+
+def _names_of(function: Callable[..., Any]) -> set[str]:
+    """Its keyword-only parameters."""
+    parameters = inspect.signature(function).parameters.values()
+    return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
