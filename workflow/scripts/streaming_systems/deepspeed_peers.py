@@ -1,0 +1,263 @@
+"""DeepSpeed ZeRO-3 inference, parameters offloaded to host memory or NVMe, in one process without a launcher.
+
+DeepSpeed's own public functions throughout: `zero.Init` places each parameter on its tier while the model is built, and
+`deepspeed.initialize` makes the engine. Not taken: `init_inference`, which ignores a ZeRO-3 section without a word.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+import yaml
+from deepspeed.ops.op_builder import AsyncIOBuilder
+from transformers import AutoModelForCausalLM
+from transformers.initialization import no_init_weights
+
+from djinn_core.errors import UnsupportedModel
+from djinn_core.models.source import WeightSource
+from workflow.lib.config import CONFIG
+from workflow.lib.harness import Experiment, Outcome
+from workflow.scripts.streaming_systems.base import Loaded, cap_torch, released, source_of, weight_bytes
+
+GRID = CONFIG / "deepspeed_grid.yaml"
+HALF_SECTIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+NVME_BUFFERS = 8
+ASYNC_IO_PACKAGES = "apt install libaio-dev g++ python3-dev"
+GRID_WARMUPS, GRID_PASSES = 2, 3  # the first pass records the order of the modules, the second is the first to prefetch
+
+
+@contextmanager
+def cpu(exp: Experiment) -> Iterator[Loaded]:
+    """DeepSpeed's defaults, with the parameters in pinned host memory."""
+    with session(exp), released():
+        model, source = partitioned(exp, offload(exp, "cpu"))
+        with engine(exp, model, source, offload(exp, "cpu")) as ready:
+            yield loaded(exp, model, ready, "each tensor read straight into its partition in host memory")
+
+
+@contextmanager
+def cpu_tuned(exp: Experiment, timed_pass: Callable[[Loaded], float]) -> Iterator[Loaded]:
+    """The fastest of the committed grid; each point is measured briefly, by `timed_pass`, and recorded."""
+    with session(exp), released():
+        model, source = partitioned(exp, offload(exp, "cpu"))
+        how = "each tensor read straight into its partition in host memory, once for all points of the grid"
+        measured = []
+        began = time.perf_counter()
+        for point in grid_points(largest_layer_numel(model)):
+            with engine(exp, model, source, offload(exp, "cpu") | point) as ready:
+                trial = loaded(exp, model, ready, how)
+                for _ in range(GRID_WARMUPS):
+                    timed_pass(trial)
+                times = [timed_pass(trial) for _ in range(GRID_PASSES)]
+            for value in times:
+                exp.result.sample("grid_pass_s", value, "s", **point)
+            measured.append((sorted(times)[len(times) // 2], point))
+        best = min(measured, key=lambda entry: entry[0])[1]
+        exp.log.info("the best of %d points: %s", len(measured), best)
+        search_s = time.perf_counter() - began
+        with engine(exp, model, source, offload(exp, "cpu") | best) as ready:
+            chosen = loaded(exp, model, ready, how)
+            chosen.other_s = search_s
+            yield chosen
+
+
+@contextmanager
+def nvme(exp: Experiment) -> Iterator[Loaded]:
+    """DeepSpeed's defaults, with the parameters in files that async_io reads; the files are removed afterwards."""
+    reason = async_io_missing()
+    if reason:
+        raise Outcome("unsupported", reason)
+    with (
+        session(exp),
+        released(),
+        tempfile.TemporaryDirectory(prefix="deepspeed-nvme-", dir=nvme_folder(exp)) as folder,
+    ):
+        zero = offload(exp, "nvme", folder)
+        model, source = partitioned(exp, zero)
+        written_bytes = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+        exp.result.sample("nvme_written_bytes", written_bytes, "bytes")
+        exp.result.check("nvme_written", written_bytes > 0)
+        with engine(exp, model, source, zero) as ready:
+            yield loaded(
+                exp, model, ready, "each tensor gathered, read and written to its file (parameters from 1 MiB)"
+            )
+
+
+def grid_points(layer_numel: int) -> list[dict[str, int]]:
+    """The committed grid in DeepSpeed's units (elements) for layers of this size."""
+    points = yaml.safe_load(GRID.read_text())["points"]
+    return [
+        {
+            "stage3_prefetch_bucket_size": int(point["prefetch_layers"] * layer_numel),
+            "stage3_max_live_parameters": int(point["live_layers"] * layer_numel),
+            "stage3_max_reuse_distance": int(point["reuse_layers"] * layer_numel),
+            "stage3_param_persistence_threshold": int(point["persistence_numel"]),
+        }
+        for point in points
+    ]
+
+
+def offload(exp: Experiment, where: str, folder: str | None = None) -> dict[str, Any]:
+    """The ZeRO section's settings beyond DeepSpeed's defaults."""
+    section: dict[str, Any] = {"device": where, "pin_memory": exp.is_gpu}
+    if where == "nvme":
+        source = source_of(exp.config)
+        largest = max(shape.numel() for shape, _ in map(source.meta, source.names()))
+        section |= {"nvme_path": folder, "buffer_count": NVME_BUFFERS, "buffer_size": largest}
+    return {"offload_param": section}
+
+
+def ds_config(dtype: torch.dtype, zero: dict[str, Any]) -> dict[str, Any]:
+    """A whole DeepSpeed configuration for inference with ZeRO-3."""
+    half = {HALF_SECTIONS[dtype]: {"enabled": True}} if dtype in HALF_SECTIONS else {}
+    return half | {
+        "zero_optimization": {"stage": 3} | zero,
+        "train_micro_batch_size_per_gpu": 1,
+        "train_batch_size": 1,
+        "steps_per_print": 10**9,
+    }
+
+
+@contextmanager
+def session(exp: Experiment) -> Iterator[None]:
+    """DeepSpeed's process group of one, quiet, and gone afterwards."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if not exp.is_gpu:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it compiles that op for a minute
+    deepspeed.init_distributed("nccl" if exp.is_gpu else "gloo")
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def partitioned(exp: Experiment, zero: dict[str, Any]) -> tuple[Any, WeightSource]:
+    """The model with each parameter on its tier, filled with the same bytes as every other system's."""
+    cap_torch(exp)
+    source = source_of(exp.config)
+    with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=ds_config(source.dtype, zero)):
+        model = AutoModelForCausalLM.from_config(source.config, dtype=source.dtype)
+    model.eval().requires_grad_(False)
+    for name in source.names():
+        parameter = model.get_parameter(name)
+        if zero["offload_param"]["device"] == "cpu":
+            if parameter.ds_tensor.numel() != parameter.ds_numel:
+                raise UnsupportedModel(f"{name}: DeepSpeed split it over ranks, and there is one rank")
+            source.read_into(name, parameter.ds_tensor.data.view(parameter.ds_shape))
+        else:
+            host = torch.empty(parameter.ds_shape, dtype=source.dtype)
+            source.read_into(name, host)
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.data.copy_(host)
+    return model, source
+
+
+@contextmanager
+def engine(exp: Experiment, model: Any, source: WeightSource, zero: dict[str, Any]) -> Iterator[Any]:
+    """DeepSpeed's engine over a partitioned model; afterwards the model can have another one."""
+    ready = deepspeed.initialize(model=model, config=ds_config(source.dtype, zero))[0]
+    ready.module.eval()
+    restore_buffers(model, source)
+    cap_torch(exp)  # again: the communicator lies outside torch's allocator
+    try:
+        yield ready
+    finally:
+        ready.destroy()
+        for parameter in model.parameters():
+            parameter.ds_persist = False
+            if parameter.ds_status.name == "AVAILABLE":
+                parameter.partition()
+
+
+def restore_buffers(model: Any, source: WeightSource) -> None:
+    """Give the model its rotary frequencies back in their own precision: DeepSpeed casts every buffer it sees made."""
+    config = type(source.config)(**(source.config.to_dict() | {"num_hidden_layers": 1}))
+    with no_init_weights():
+        true = dict(AutoModelForCausalLM.from_config(config, dtype=source.dtype).named_buffers())
+    for path, module in model.named_modules():
+        for leaf in sorted(module._non_persistent_buffers_set):
+            name = f"{path}.{leaf}" if path else leaf
+            if name not in true:
+                raise UnsupportedModel(f"{name}: the buffer that DeepSpeed changed cannot be rebuilt from one layer")
+            module._buffers[leaf] = true[name].to(module._buffers[leaf].device)
+
+
+def loaded(exp: Experiment, model: Any, ready: Any, how: str) -> Loaded:
+    """An engine, as the protocol sees it; parameters below the persistence threshold stay on the device."""
+    streamed = [p for p in model.parameters() if not p.ds_persist]
+    streamed_bytes = sum(p.ds_numel * p.element_size() for p in streamed)
+    return Loaded(ready, torch.device(exp.device), how, streamed_bytes, settings={"deepspeed": effective(ready)})
+
+
+def effective(ready: Any) -> dict[str, Any]:
+    """The ZeRO settings as the engine has them, defaults included."""
+    known = ready._config.zero_config.model_dump(mode="json")
+    wanted = (
+        "stage",
+        "overlap_comm",
+        "prefetch_bucket_size",
+        "max_live_parameters",
+        "max_reuse_distance",
+        "param_persistence_threshold",
+        "model_persistence_threshold",
+        "offload_param",
+    )
+    settings = {name: known[name] for name in wanted}
+    settings["offload_param"].pop("nvme_path")  # a temporary folder
+    return settings | {"aio": dict(ready._config.aio_config)}
+
+
+def largest_layer_numel(model: Any) -> int:
+    """Elements of the largest decoder layer of a partitioned model."""
+    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+    return max(sum(p.ds_numel for p in layer.parameters()) for layer in layers)
+
+
+def nvme_folder(exp: Experiment) -> str:
+    """Where the files go: beside the results, so that they are on the disk that the run was given.
+
+    Raises:
+        Outcome: there is not enough room; with the bytes.
+    """
+    folder = exp.out.resolve().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    needed_bytes, free_bytes = weight_bytes(source_of(exp.config)), shutil.disk_usage(folder).free
+    if needed_bytes > free_bytes:
+        raise Outcome("unsupported", f"needs {needed_bytes:,} bytes of disk for the parameters, have {free_bytes:,}")
+    return str(folder)
+
+
+def async_io_missing() -> str | None:
+    """Builds DeepSpeed's async_io (once per machine, minutes on two cores); None, or what is missing to build it."""
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures.replace("a", "")  # its builder knows no suffix, as in 9.0a
+    if not architectures:
+        del os.environ["TORCH_CUDA_ARCH_LIST"]
+    builder = AsyncIOBuilder()
+    if not builder.is_compatible(verbose=False):
+        return f"DeepSpeed's async_io needs libaio and a compiler; {ASYNC_IO_PACKAGES}"
+    try:
+        builder.load(verbose=False)
+    except (RuntimeError, OSError, ImportError) as error:
+        return f"DeepSpeed's async_io was not built ({ASYNC_IO_PACKAGES}): {str(error)[-400:]}"
+    return None
+
+
+if __name__ == "__main__":
+    print(async_io_missing() or "DeepSpeed's async_io is ready")
