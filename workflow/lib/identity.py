@@ -63,6 +63,10 @@ def _imported_files(file: Path, root: Path, changed_ns: int) -> tuple[Path, ...]
             module = base + (node.module.split(".") if node.module else [])
             for alias in node.names:
                 found.update(_files_of([*module, alias.name], root))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and file.name == "__init__.py":
+            # a package may import lazily, from a table of names
+            name = node.value
+            found.update(_files_of(here + name[1:].split(".") if name.startswith(".") else name.split("."), root))
     return tuple(sorted(found))
 
 

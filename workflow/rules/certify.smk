@@ -14,8 +14,8 @@ rule certificate:
         "results/{run}/logs/certify.log",
     conda:
         "../../envs/experiments.yaml"
+    threads: ALL_CORES
     params:
         settings=settings("certify"),
-    threads: ALL_CORES
     shell:
         "python -m workflow.scripts.certify --run {wildcards.run} --out {output.certificate} --log {log}"

@@ -1,0 +1,117 @@
+"""A wrong setting is refused before anything runs, with its key and what is allowed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from djinn_core.certificate import THRESHOLDS
+from workflow.lib import config
+from workflow.lib.config import PRESETS, SettingsError, auto_run, canonical, load_config, section
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("run", PRESETS)
+def test_every_preset_is_allowed(run: str) -> None:
+    settings = load_config(run)
+    assert settings["run"] == run
+    assert {"certify", "streaming", "resume", "pressure"} <= settings.keys()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("streaming.capp_bytes=8", ["streaming.capp_bytes: unknown key", "did you mean cap_bytes"]),
+        ("streaming.cap=8", ["streaming.cap: unknown key", "the unit belongs to the name: cap_bytes"]),
+        ("streaming.cap_bytes=8GB", ["streaming.cap_bytes: '8GB' is not of type 'integer'"]),
+        ("streaming.cap_bytes=0", ["streaming.cap_bytes: 0 is less than the minimum of 1"]),
+        ("resume.layers=[1, 11]", ["resume.layers: layer 11 is out of range", "small-llama allows 1 to 10"]),
+        ("resume.layers=[0]", ["resume.layers.0: 0 is less than the minimum of 1"]),
+        ("pressure.layer=12", ["pressure.layer: layer 12 is out of range", "allows 1 to 10"]),
+        (
+            "streaming.chunk_bytes.djinn_chunk16mib=4958721",
+            [
+                "streaming.chunk_bytes.djinn_chunk16mib",
+                "4,958,721 bytes is larger than a ring slot",
+                "at most 4,958,720",
+            ],
+        ),
+        ("resume.prompt_tokens=2048", ["resume.prompt_tokens: 2048 leaves no room", "up to 2047"]),
+        ("streaming.model.name=llama", ["streaming.model.name: no architecture 'llama'", "allowed:", "small-llama"]),
+        ("streaming.runs=2", ["streaming.runs: 2 is less than the minimum of 3"]),
+        ("machine.limits.drift_allowed=2", ["machine.limits.drift_allowed: 2 is greater than the maximum of 1"]),
+        ("nowhere.x=1", ["there is no section 'nowhere'"]),
+        ("streaming", ["wanted section.key=value"]),
+    ],
+)
+def test_wrong_settings_are_refused(override: str, said: list[str]) -> None:
+    with pytest.raises(SettingsError) as refusal:
+        load_config("cpu", [override])
+    for words in said:
+        assert words in str(refusal.value)
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "config.yaml").write_text((ROOT / "config" / "config.yaml").read_text())
+    text = (ROOT / "config" / "presets" / "cpu.yaml").read_text()
+    (tmp_path / "presets" / "cpu.yaml").write_text(text.replace("  decode_tokens: 8\n", ""))
+    with pytest.raises(SettingsError, match="streaming: 'decode_tokens' is a required property"):
+        load_config("cpu", folder=tmp_path)
+
+
+def test_an_unknown_preset_names_those_there_are() -> None:
+    with pytest.raises(SettingsError, match="no preset 'b200'; allowed: cpu, h100, h200, l4"):
+        load_config("b200")
+
+
+def test_an_override_is_effective_and_recorded() -> None:
+    settings = load_config("cpu", ["streaming.prompt_tokens=7"])
+    own = section(settings, "streaming")
+    assert own["prompt_tokens"] == 7
+    assert own["overrides"] == ["streaming.prompt_tokens=7"]
+
+
+def test_a_rules_parameter_changes_with_its_own_settings_only() -> None:
+    plain, changed = load_config("cpu"), load_config("cpu")
+    changed["resume"]["repeats"] += 1
+    assert canonical(plain, "streaming") == canonical(changed, "streaming")
+    assert canonical(plain, "resume") != canonical(changed, "resume")
+
+
+@pytest.mark.parametrize(
+    ("gpu_bytes", "run"),
+    [(0, "cpu"), (16 * 10**9, "cpu"), (24 * 10**9, "l4"), (85 * 10**9, "h100"), (150 * 10**9, "h200")],
+)
+def test_auto_takes_the_largest_that_fits(gpu_gb: int, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "first_gpu_bytes", lambda: gpu_gb * 10**9)
+    monkeypatch.setattr(config.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10**12 // 4096}.__getitem__)
+    assert auto_run() == run
+
+
+def test_the_command_and_the_pipeline_hold_a_machine_to_the_same() -> None:
+    assert load_config("h200")["certify"]["thresholds"] == THRESHOLDS
+
+
+def test_a_script_ends_with_one_line(tmp_path: Path) -> None:
+    out = tmp_path / "certificate.json"
+    command = [
+        sys.executable,
+        "-m",
+        "workflow.scripts.certify",
+        "--run",
+        "cpu",
+        "--out",
+        str(out),
+        "--set",
+        "certify.x=1",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "certify.x: unknown key" in done.stderr
+    assert not out.exists()

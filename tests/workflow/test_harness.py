@@ -1,0 +1,301 @@
+"""What is done around every experiment: outcomes, limits, foreign processes, locks, children, memory, digests."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from djinn_core import machine
+from djinn_core.errors import OutOfDeviceMemory, UnsupportedModel, WeightsError
+from workflow.lib import children, harness, identity
+from workflow.lib.gpulock import gpu_lock
+from workflow.lib.memory import MemorySampler
+from workflow.lib.results import read_result
+
+ROOT = Path(__file__).resolve().parents[2]
+STEADY = {"h2d_gbps": 50.0, "d2h_gbps": 50.0, "bidirectional_gbps": 80.0, "peer_gbps": None}
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was() -> Iterator[None]:
+    """The harness changes this process; tests that follow get theirs back."""
+    threads, handler, level = torch.get_num_threads(), signal.getsignal(signal.SIGTERM), logging.root.level
+    handlers, omp, cudnn = (
+        logging.root.handlers[:],
+        os.environ.get("OMP_NUM_THREADS"),
+        torch.backends.cuda.cudnn_sdp_enabled(),
+    )
+    yield
+    torch.set_num_threads(threads)
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    signal.signal(signal.SIGTERM, handler)
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+    if omp is None:
+        os.environ.pop("OMP_NUM_THREADS", None)
+    else:
+        os.environ["OMP_NUM_THREADS"] = omp
+
+
+def run(tmp_path: Path, body: Any, *, rates: list[dict[str, Any]] | None = None, overrides: Any = ()) -> dict[str, Any]:
+    out = tmp_path / "streaming" / "djinn.json"
+    args = Namespace(run="cpu", out=out, overrides=list(overrides), log=tmp_path / "log")
+    measured = iter(rates or [STEADY, STEADY])
+    with harness.experiment(args, experiment="streaming", system="djinn", measure=lambda *_: next(measured)) as exp:
+        body(exp)
+    return read_result(out)
+
+
+def measured(exp: harness.Experiment) -> None:
+    exp.result.sample("pass_s", 1.0, "s")
+
+
+def test_a_result_says_where_and_how_it_was_measured(tmp_path: Path) -> None:
+    document = run(tmp_path, measured, overrides=["machine.threads=1"])
+    assert document["status"] == "ok"
+    assert document["config"]["threads"] == 1 == torch.get_num_threads()
+    assert document["config"]["attention"]["cudnn"] is False
+    assert document["config"]["cap_bytes"] == 40_000_000
+    assert document["config"]["overrides"] == ["machine.threads=1"]
+    assert document["source"]["digest"] == identity.code_digest("streaming")
+    assert document["libraries"]["torch"] == torch.__version__
+    assert document["limits"]["h2d_gbps"] == 50.0
+    assert document["machine"]["kind"]["gpu"] is None
+    assert document["machine"]["id"].startswith("cpu/")
+    assert "ok in" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory"),
+        (OutOfDeviceMemory("no room", needed_bytes=2, free_bytes=1), "out_of_memory"),
+        (UnsupportedModel("a recurrent state"), "unsupported"),
+        (WeightsError("a tensor is missing"), "failed"),
+        (harness.Outcome("unsupported", "needs 138 GB of host memory"), "unsupported"),
+    ],
+)
+def test_what_happened_is_recorded(error: Exception, status: str, tmp_path: Path) -> None:
+    def body(exp: harness.Experiment) -> None:
+        raise error
+
+    document = run(tmp_path, body)
+    assert document["status"] == status
+    assert str(error) in document["reason"]
+
+
+def test_a_bug_writes_nothing(tmp_path: Path) -> None:
+    def body(exp: harness.Experiment) -> None:
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        run(tmp_path, body)
+    assert not list(tmp_path.glob("streaming/*"))
+    assert "a bug" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize(("after", "status"), [(49.1, "ok"), (48.9, "inconclusive"), (51.1, "inconclusive")])
+def test_a_link_that_drifts_makes_it_inconclusive(after: float, status: str, tmp_path: Path) -> None:
+    rates = [STEADY, STEADY | {"h2d_gbps": after}]
+    document = run(tmp_path, measured, rates=rates, overrides=["machine.limits.drift_decides=true"])
+    assert document["status"] == status
+    assert document["limits"]["drift"] == pytest.approx(abs(after - 50) / 50)
+
+
+def test_without_a_gpu_drift_decides_nothing_and_says_so(tmp_path: Path) -> None:
+    document = run(tmp_path, measured, rates=[STEADY, STEADY | {"h2d_gbps": 25.0}])
+    assert document["status"] == "ok"
+    assert document["limits"]["drift"] == pytest.approx(0.5)
+    assert "decides nothing" in document["limits"]["note"]
+
+
+def with_foreign(monkeypatch: pytest.MonkeyPatch, calls: list[list[str]]) -> None:
+    real = machine.state
+    answers = iter(calls)
+    monkeypatch.setattr(machine, "state", lambda uuid: real(None) | {"foreign_processes": next(answers)})
+
+
+def test_a_foreign_process_before_ends_it_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_foreign(monkeypatch, [["process 7 (train)"]])
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, lambda exp: pytest.fail("the body must not run"))
+    assert end.value.code == 0
+    document = read_result(tmp_path / "streaming" / "djinn.json")
+    assert document["status"] == "inconclusive"
+    assert "process 7 (train)" in document["reason"]
+
+
+def test_a_foreign_process_after_makes_it_inconclusive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_foreign(monkeypatch, [[], ["process 7 (train)"]])
+    assert run(tmp_path, measured)["status"] == "inconclusive"
+
+
+def test_memory_that_ran_out_beside_a_foreign_process_is_inconclusive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def body(exp: harness.Experiment) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with_foreign(monkeypatch, [[], ["process 7 (train)"]])
+    assert run(tmp_path, body)["status"] == "inconclusive"
+
+
+def test_what_the_machine_lacks_is_said_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as end:
+        run(
+            tmp_path,
+            lambda exp: pytest.fail("the body must not run"),
+            overrides=["streaming.expected.host_bytes=1000000000000000"],
+        )
+    assert end.value.code == 0
+    document = read_result(tmp_path / "streaming" / "djinn.json")
+    assert document["status"] == "unsupported"
+    assert "needs 1,000,000,000,000,000 bytes of free host memory, have" in document["reason"]
+
+
+def test_a_second_job_waits_for_the_gpu_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "gpu.lock"
+    code = (
+        "import sys, pathlib; from workflow.lib.gpulock import gpu_lock\n"
+        "with gpu_lock('GPU-1', path=pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.readline()"
+    )
+    command = [sys.executable, "-c", code, str(path)]
+    with children.child(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "held\n"
+        with children.child(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as second:
+            time.sleep(1.0)
+            os.set_blocking(second.stdout.fileno(), False)
+            assert not second.stdout.readline()  # it waits
+            os.kill(first.pid, signal.SIGKILL)  # a holder that dies lets go
+            os.set_blocking(second.stdout.fileno(), True)
+            assert second.stdout.readline() == "held\n"
+            holder = os.getpid()
+            started_s = time.monotonic()
+            os.kill(second.pid, signal.SIGSTOP)
+            timer = subprocess.Popen(["sh", "-c", f"sleep 0.7; kill -KILL {second.pid}"])
+            with gpu_lock("GPU-1", path=path) as waited_s:
+                assert 0.3 < waited_s <= time.monotonic() - started_s
+            timer.wait()
+    assert f"process {second.pid}" in caplog.text
+    assert f"process {holder}" in path.read_text()
+
+
+def test_children_end_with_their_parent() -> None:
+    code = (
+        "import time; from workflow.lib import children\n"
+        "with children.child(['sleep', '300']) as c: print(c.pid, flush=True); time.sleep(300)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    assert Path(f"/proc/{child}").exists()
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    parent.stdout.close()
+    assert wait_gone(child)
+
+
+def wait_gone(pid: int, timeout_s: float = 5.0) -> bool:
+    end_s = time.monotonic() + timeout_s
+    while time.monotonic() < end_s:
+        stat = Path(f"/proc/{pid}/stat")
+        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_the_end_of_the_block_takes_the_whole_group() -> None:
+    command = ["sh", "-c", 'trap "" TERM; sleep 300 & echo $!; wait']
+    with children.child(command, stdout=subprocess.PIPE, text=True) as process:
+        grandchild = int(process.stdout.readline())
+        assert grandchild in children.descendants()
+    assert wait_gone(grandchild)
+    assert process.returncode is not None
+
+
+def test_an_experiment_ends_with_its_pipeline(tmp_path: Path) -> None:
+    """A process called snakemake is killed; what it started through a shell ends too, its cleanup done."""
+    (tmp_path / "snakemake").write_text(
+        "#!/bin/sh\n"
+        f"{sys.executable} -c 'import sys; from workflow.lib import children; children.terminate_cleanly()\n"
+        "children.end_with(children.pipeline_pid())\n"
+        "import os, time; print(os.getpid(), flush=True)\n"
+        'try: time.sleep(300)\nfinally: open(sys.argv[1], "w").write("clean")\' '
+        f"{tmp_path / 'ended'}\n"
+        "true\n"
+    )
+    pipeline = subprocess.Popen(["sh", str(tmp_path / "snakemake")], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    experiment = int(pipeline.stdout.readline())
+    os.kill(pipeline.pid, signal.SIGKILL)
+    pipeline.wait()
+    pipeline.stdout.close()
+    assert wait_gone(experiment)
+    assert (tmp_path / "ended").read_text() == "clean"
+
+
+def test_the_sampler_sees_memory_come_and_go() -> None:
+    size_bytes = 200 << 20
+    with MemorySampler(hz=50) as sampler:
+        time.sleep(0.2)
+        block = torch.ones(size_bytes, dtype=torch.uint8)
+        time.sleep(0.2)
+        del block
+        time.sleep(0.2)
+    first, last = sampler.rows[0]["host_bytes"], sampler.rows[-1]["host_bytes"]
+    assert sampler.peak_host_bytes - first == pytest.approx(size_bytes, rel=0.1)
+    assert last - first < size_bytes / 4
+    assert sampler.peak_device_bytes is None
+    times = [row["t_s"] for row in sampler.rows]
+    assert times == sorted(times)
+    assert len(times) >= 10
+
+
+def test_the_digest_covers_what_an_experiment_imports_and_nothing_else(tmp_path: Path) -> None:
+    for name, text in {
+        "workflow/__init__.py": "",
+        "workflow/scripts/__init__.py": "",
+        "workflow/scripts/demo.py": "def main():\n    from djinn_core.memory import pool\n",
+        "workflow/scripts/demo_parts/one.py": "from workflow.lib import harness\n",
+        "workflow/scripts/other.py": "",
+        "workflow/lib/__init__.py": "",
+        "workflow/lib/harness.py": "import djinn_core\n",
+        "workflow/lib/figures.py": "",
+        "djinn_core/__init__.py": "from .lazy import x\nTABLE = {'late': 'djinn_core.late'}\n",
+        "djinn_core/lazy.py": "",
+        "djinn_core/late.py": "",
+        "djinn_core/unused.py": "",
+        "djinn_core/memory/__init__.py": "",
+        "djinn_core/memory/pool.py": "",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    code = identity.code_of("demo", tmp_path)
+    assert {"workflow/scripts/demo.py", "workflow/scripts/demo_parts/one.py", "djinn_core/memory/pool.py"} <= set(code)
+    assert {"djinn_core/lazy.py", "djinn_core/late.py", "workflow/lib/harness.py"} <= set(code)
+    assert not {"djinn_core/unused.py", "workflow/lib/figures.py", "workflow/scripts/other.py"} & set(code)
+    before = identity.code_digest("demo", tmp_path)
+    (tmp_path / "djinn_core/unused.py").write_text("x = 1\n")
+    assert identity.code_digest("demo", tmp_path) == before
+    (tmp_path / "djinn_core/memory/pool.py").write_text("x = 1\n")
+    assert identity.code_digest("demo", tmp_path) != before
+    assert identity.source_of("demo", tmp_path)["commit"] is None
+
+
+def test_git_is_reported_and_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_git = identity.source_of("certify")
+    assert with_git["commit"] is None or len(with_git["commit"]) == 40
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert shutil.which("git") is None
+    assert identity.source_of("certify") == {"commit": None, "dirty": None, "digest": with_git["digest"]}
