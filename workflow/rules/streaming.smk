@@ -1,7 +1,12 @@
+from workflow.lib.systems import STREAMING_GROUPS
+
+STREAMING_SYSTEMS = [system for group in STREAMING_GROUPS.values() for system in group]
+
+
 rule streaming:
     """Experiment 2 in this run: every system of both groups."""
     input:
-        [f"results/{RUN}/streaming/{system}.json" for system in STREAMING],
+        [f"results/{RUN}/streaming/{system}.json" for system in STREAMING_SYSTEMS],
 
 
 rule streaming_reference:
@@ -35,7 +40,7 @@ rule streaming_system:
     log:
         "results/{run}/logs/streaming_{system}.log",
     wildcard_constraints:
-        system="|".join(STREAMING),
+        system="|".join(STREAMING_SYSTEMS),
     conda:
         "../../envs/experiments.yaml"
     threads: ALL_CORES
