@@ -77,12 +77,15 @@ class LoadedModel:
         if self.closed:
             return
         self.closed = True
-        self.provider.close()
         boundary.uninstall(self._model)
-        _to_meta(self._model)
-        self._release.close()
+        try:
+            self.provider.close()
+        finally:
+            _to_meta(self._model)
+            self._release.close()
 
 
+@torch.inference_mode(mode=False)  # parameters are ordinary tensors, whatever mode the caller is in
 def load_model(
     runtime: Runtime,
     source: WeightSource,

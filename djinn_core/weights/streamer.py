@@ -12,6 +12,7 @@ runs the pass issues them: they are asynchronous, and a second thread would only
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -167,11 +168,16 @@ class Streamer:
             self._drop(slot)
 
     def close(self) -> None:
-        """Stop for good. Waits for copies in flight; the caller then takes the memory away."""
+        """Stop for good, and wait for queued work; the caller then takes the memory away.
+
+        Raises:
+            DeviceError: the device is lost. A failed prefetch that no layer read is not an error.
+        """
         if not self._closed:
             self._closed = True
-            if self._h2d is not None:
+            with suppress(DeviceError):
                 self._device.synchronize()
+            self._device.synchronize()
 
     # inside
 
