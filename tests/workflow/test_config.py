@@ -83,10 +83,7 @@ def test_a_rules_parameter_changes_with_its_own_settings_only() -> None:
     assert canonical(plain, "resume") != canonical(changed, "resume")
 
 
-@pytest.mark.parametrize(
-    ("gpu_bytes", "run"),
-    [(0, "cpu"), (16 * 10**9, "cpu"), (24 * 10**9, "l4"), (85 * 10**9, "h100"), (150 * 10**9, "h200")],
-)
+@pytest.mark.parametrize(("gpu_gb", "run"), [(0, "cpu"), (16, "cpu"), (24, "l4"), (85, "h100"), (150, "h200")])
 def test_auto_takes_the_largest_that_fits(gpu_gb: int, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "first_gpu_bytes", lambda: gpu_gb * 10**9)
     monkeypatch.setattr(config.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10**12 // 4096}.__getitem__)
