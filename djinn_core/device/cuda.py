@@ -161,7 +161,8 @@ class CudaDevice(Device):
             try:
                 if borrowed:
                     self.grant(address, self.granularity_bytes)
-                return torch.as_tensor(_Bytes(address, size_bytes), device=self.torch_device)
+                with torch.inference_mode(False):  # a caller's mode must not decide who may write to it later
+                    return torch.as_tensor(_Bytes(address, size_bytes), device=self.torch_device)
             finally:
                 if borrowed:
                     self.unmap(address, self.granularity_bytes)

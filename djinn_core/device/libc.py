@@ -83,4 +83,5 @@ def punch_hole(fd: int, offset: int, size_bytes: int) -> None:
 
 def tensor_at(address: int, size_bytes: int) -> torch.Tensor:
     """A uint8 tensor over `size_bytes` at `address`; it neither touches nor keeps the memory."""
-    return torch.frombuffer((ctypes.c_uint8 * size_bytes).from_address(address), dtype=torch.uint8)
+    with torch.inference_mode(False):  # a caller's mode must not decide who may write to the memory later
+        return torch.frombuffer((ctypes.c_uint8 * size_bytes).from_address(address), dtype=torch.uint8)
