@@ -4,7 +4,10 @@
 #   snakemake paper_figures/fig5.pdf                 one file; profiles/default gives the cores
 #   snakemake --cores 1 --config run=h200 streaming  one experiment, in a preset by name
 #
-# What is measured is in config/, how it is run is in profiles/.
+# What is measured is in config/, how it is run is in profiles/. The rules are in workflow/rules/, one file for each
+# experiment; an experiment takes part when its file is there.
+from pathlib import Path
+
 from snakemake.utils import min_version
 
 min_version("9.17")
@@ -13,8 +16,40 @@ min_version("9.17")
 configfile: "config/config.yaml"
 
 
+RULES = Path("workflow/rules")
+EXPERIMENTS = [
+    name
+    for name in ("streaming", "resume", "pressure", "rpc")
+    if (Path(workflow.basedir) / RULES / f"{name}.smk").is_file()
+]
+DRAWN = {
+    "streaming": ["fig5", "report"],
+    "resume": ["fig7", "table1"],
+    "pressure": ["fig6", "memory_breakdown"],
+}
+
+
 include: "workflow/rules/common.smk"
 include: "workflow/rules/certify.smk"
+
+
+for name in EXPERIMENTS:
+
+    include: str(RULES / f"{name}.smk")
+
+
+include: "workflow/rules/figures.smk"
+include: "workflow/rules/claims.smk"
+
+
+rule figures:
+    """Every figure and table of this run, drawn from its result files."""
+    input:
+        [
+            getattr(rules, drawn).output
+            for name in EXPERIMENTS
+            for drawn in DRAWN.get(name, [])
+        ],
 
 
 rule all:
@@ -22,3 +57,6 @@ rule all:
     default_target: True
     input:
         rules.certify.input,
+        [getattr(rules, name).input for name in EXPERIMENTS],
+        rules.figures.input,
+        rules.claims.output,

@@ -30,7 +30,7 @@ rule claims:
     conda:
         "../../envs/figures.yaml"
     params:
-        folder=f"results/{RUN}",
+        folder=results_folder,
     shell:
         "python -m workflow.scripts.claims --results {params.folder} --claims {input.claims}"
         " --out {output.verdicts} --table {output.table} > {log} 2>&1"

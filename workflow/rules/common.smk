@@ -1,5 +1,6 @@
 # What the rules share: which run this is, its settings, and the code behind a result.
 import sys
+from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
@@ -25,6 +26,11 @@ def code_of(experiment):
 def settings(experiment):
     """A parameter that changes when, and only when, the settings of this experiment in its run do."""
     return lambda wildcards: canonical(settings_of(wildcards.run), experiment)
+
+
+def results_folder(wildcards, input):
+    """Parameter of a rule that reads a whole run: the folder of its certificate."""
+    return str(Path(input.certificate).parent)
 
 
 RUN = auto_run() if config["run"] == "auto" else config["run"]

@@ -35,7 +35,7 @@ rule fig5:
     conda:
         "../../envs/figures.yaml"
     params:
-        folder=f"results/{RUN}",
+        folder=results_folder,
     shell:
         "python -m workflow.plots.fig5 --results {params.folder} --out {output.pdf} --csv {output.numbers}"
         " > {log} 2>&1"
@@ -61,7 +61,7 @@ rule report:
     conda:
         "../../envs/figures.yaml"
     params:
-        folder=f"results/{RUN}",
+        folder=results_folder,
     shell:
         "python -m workflow.scripts.report --results {params.folder} --claims {input.claims} --out {output.text}"
         " > {log} 2>&1"
@@ -81,7 +81,7 @@ rule fig6:
     conda:
         "../../envs/figures.yaml"
     params:
-        folder=f"results/{RUN}",
+        folder=results_folder,
     shell:
         "python -m workflow.plots.fig6 --results {params.folder} --out {output.pdf} --csv {output.numbers}"
         " > {log} 2>&1"
@@ -101,7 +101,7 @@ rule fig7:
     conda:
         "../../envs/figures.yaml"
     params:
-        folder=f"results/{RUN}",
+        folder=results_folder,
     shell:
         "python -m workflow.plots.fig7 --results {params.folder} --out {output.pdf} --csv {output.numbers}"
         " > {log} 2>&1"
@@ -128,7 +128,7 @@ rule table1:
     conda:
         "../../envs/figures.yaml"
     params:
-        folder=f"results/{RUN}",
+        folder=results_folder,
     shell:
         "python -m workflow.plots.table1 --results {params.folder} --out {output.markdown} > {log} 2>&1"
 
