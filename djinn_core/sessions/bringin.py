@@ -1,0 +1,294 @@
+"""Bringing blocks in: what a pass needs is planned at once, and mapped and copied layer by layer.
+
+A plan names, for each layer in the order in which the pass will want them, the blocks to map: new ones for the tokens
+to come, ones that come back from the host, ones that a fork shares, and copies of shared tails (copy on write). All
+extents are acquired before the first map, so running out leaves everything as it was. Then each layer is mapped with
+one grant, its copies are issued in pieces of at most 8 MiB, and an event is recorded behind them: the pass goes on as
+soon as its next layer is issued, and the compute stream waits for that layer's event alone.
+
+Invariant: a layer is committed (tables, places) only when its maps and copies were accepted, so a failure between two
+layers leaves a session whose next try does the rest.
+
+Not taken: mapping inside the cache's `update`, on first touch. It would put a driver call and a possible eviction into
+the middle of a layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from djinn_core.device.base import Direction, Stream
+from djinn_core.errors import DeviceError, DjinnError
+from djinn_core.memory.extents import Extent
+from djinn_core.sessions.blocks import Block
+from djinn_core.sessions.holding import Holding
+
+if TYPE_CHECKING:
+    from djinn_core.sessions.pager import Pager
+
+PIECE_BYTES = 8 << 20  # so that another session's boundary need not wait long behind it
+
+
+@dataclass
+class Step:
+    """One block to map. `source` is the shared block that it is a copy of, if any."""
+
+    block: Block
+    source: Block | None = None
+    extent: Extent | None = None
+    lender: Holding | None = None  # where a shared extent, or the source of a copy, is mapped now
+
+
+class BringIn:
+    """One session's blocks on their way to the device.
+
+    Attributes:
+        issued: for each layer 1 once the pass may go on to it.
+        copied: for each layer 1 when its event has to be waited for.
+        restored: timing event behind the last copy.
+        bytes: copied so far.
+        done: nothing more will be issued; `error` says why, if it failed.
+    """
+
+    def __init__(
+        self, pager: Pager, holding: Holding, order: Sequence[int], reach: Sequence[int], *, prefetch: bool = False
+    ) -> None:
+        self._pager = pager
+        self.holding = holding
+        self.order = order
+        self.reach = (
+            reach  # tokens that each layer must be able to hold; more than it holds means that it is appended to
+        )
+        self.prefetch = prefetch
+        self.issued = bytearray(holding.layout.layers)
+        self.copied = bytearray(holding.layout.layers)
+        self.restored = pager.device.event(timing=True)
+        self.changed = threading.Condition()
+        self.bytes = 0
+        self.done = self.cancelled = False
+        self.error: DjinnError | None = None
+        self.wanted_s = time.perf_counter()
+        self.begun_s = self.ended_s = 0.0
+
+    def gate(self, layer: int, compute: Stream) -> None:
+        """Return when `layer` may be issued on the compute stream, which waits for its bytes.
+
+        Raises:
+            DjinnError: the bring-in failed before this layer; the session's state is whole.
+        """
+        if not self.issued[layer]:
+            with self.changed:
+                self.changed.wait_for(lambda: self.issued[layer] or self.done)
+            if not self.issued[layer]:
+                raise self.error or DeviceError(f"session {self.holding.id}: bring-in ended before layer {layer}")
+        if self.copied[layer]:
+            compute.wait_event(self.holding.arrival[layer])
+
+    def wait_issued(self) -> None:
+        """Return when nothing more will be issued."""
+        if not self.done:
+            with self.changed:
+                self.changed.wait_for(lambda: self.done)
+
+    def run(self) -> None:
+        """Do all of it, on the calling thread. Raises what went wrong, after undoing it."""
+        self.begun_s = time.perf_counter()
+        steps: dict[int, list[Step]] = {}
+        try:
+            steps = self._plan()
+            self._prepare_sources(steps)
+            self._acquire(steps)
+            self._issue(steps)
+        except DjinnError as error:
+            self.error = error
+            raise
+        finally:
+            self._release(steps)
+            self.ended_s = time.perf_counter()
+            self._pager.ended(self)
+            with self.changed:
+                self.done = True
+                self.changed.notify_all()
+
+    # the plan
+
+    def _plan(self) -> dict[int, list[Step]]:
+        """What to map, by layer; blocks and lenders in it are claimed. Waits while another session loads one of them."""
+        lock = self._pager.lock
+        with lock:
+            while True:
+                steps = {layer: self._plan_layer(layer) for layer in self.order}
+                flat = [step for row in steps.values() for step in row]
+                if not any(step.block.loading or (step.source and step.source.loading) for step in flat):
+                    break
+                lock.wait()
+            for step in flat:
+                step.block.loading = True
+                wanted = step.source or step.block
+                if wanted.places - {self.holding}:
+                    step.lender = next(iter(wanted.places - {self.holding}))
+                    step.lender.pins += 1
+            self._claim_tails()
+        return steps
+
+    def _plan_layer(self, layer: int) -> list[Step]:
+        holding, layout = self.holding, self.holding.layout
+        row, length, reach = holding.table.blocks[layer], holding.table.lengths[layer], self.reach[layer]
+        steps = []
+        for index in range(layout.count(reach)):
+            if index >= len(row):
+                steps.append(Step(Block(layout, layer, index)))
+            elif reach > length and self._is_tail(index, length) and self._others_past(row[index]):
+                steps.append(Step(Block(layout, layer, index), source=row[index]))
+            elif holding.mapped.get(row[index].offset) is not row[index]:
+                steps.append(Step(row[index]))
+        return steps
+
+    def _is_tail(self, index: int, length: int) -> bool:
+        """Appending to a layer of `length` tokens writes into this block."""
+        layout = self.holding.layout
+        return layout.end_bytes(index, length) < layout.size_of(index)
+
+    def _others_past(self, block: Block) -> bool:
+        """Someone else has, or is about to have, more in this block than this session: it must not be written."""
+        mine = self.holding.table.end_bytes(block)
+        return any(t.reach_bytes(block) > mine for t in block.holders if t is not self.holding.table)
+
+    def _claim_tails(self) -> None:
+        """From here on this session is the one that appends to its own tails."""
+        table = self.holding.table
+        for layer in self.order:
+            length = table.lengths[layer]
+            if self.reach[layer] <= length:
+                continue
+            table.claimed = max(table.claimed, self.reach[layer])
+            for index, block in enumerate(table.blocks[layer]):
+                if self._is_tail(index, length) and not self._others_past(block):
+                    block.forget_past(table.end_bytes(block))
+                    for other in block.holders:
+                        if other is not table:
+                            other.writable_until = 0
+
+    # sources and extents
+
+    def _prepare_sources(self, steps: dict[int, list[Step]]) -> None:
+        """Everything that will be read is on the device of a lender, or whole on the host."""
+        pager, holding = self._pager, self.holding
+        sources = [step.source for row in steps.values() for step in row if step.source]
+        here = [block for block in sources if holding.mapped.get(block.offset) is block]
+        if here:
+            pager.displace(holding, here)
+        for row in steps.values():
+            for step in row:
+                wanted = step.source or step.block
+                if step.lender is None and wanted.device is None:
+                    pager.tiers.fetch(wanted, holding.id)
+
+    def _acquire(self, steps: dict[int, list[Step]]) -> None:
+        fresh = [step for row in steps.values() for step in row if step.source or step.block.device is None]
+        limit_s = self.holding.expected_resume_s if self.prefetch else None
+        extents = self._pager.acquire(self.holding, [step.block.size_bytes for step in fresh], limit_s)
+        for step, extent in zip(fresh, extents, strict=True):
+            step.extent = extent
+
+    # maps and copies
+
+    def _issue(self, steps: dict[int, list[Step]]) -> None:
+        pager, stream = self._pager, self._pager.h2d
+        for layer in self.order:
+            if self.cancelled:
+                break
+            row = steps[layer]
+            if row:
+                self._issue_layer(layer, row, stream)
+                steps[layer] = []
+            if self.prefetch:
+                self.holding.arrival[layer].synchronize()
+            with self.changed:
+                self.issued[layer] = 1
+                self.changed.notify_all()
+        self.restored.record(stream)
+        if any(self.copied):
+            pager.log(self.holding, "swap_in", self.bytes, time.perf_counter() - self.begun_s)
+
+    def _issue_layer(self, layer: int, row: list[Step], stream: Stream) -> None:
+        """Map and fill one layer's blocks, then commit them."""
+        holding, region = self.holding, self.holding.region
+        region.map([(step.block.offset, step.extent or step.block.device) for step in row])
+        arrival = holding.arrival[layer]
+        try:
+            copied = sum([self._fill(step, stream) for step in row])
+            shared = [step for step in row if step.extent is None and step.block.ready is not None]
+            for step in shared:
+                stream.wait_event(step.block.ready)
+            if copied or shared or any(step.lender for step in row):
+                arrival.record(stream)
+                self.copied[layer] = 1
+            if any(step.source and step.lender for step in row):
+                arrival.synchronize()  # the lender may unmap its source as soon as it is not pinned any more
+        except DeviceError:
+            with contextlib.suppress(DeviceError):  # a failure of what was issued is the one being handled
+                stream.synchronize()
+            region.unmap([step.block.offset for step in row])
+            raise
+        with self._pager.lock:
+            for step in row:
+                self._commit(step, arrival if self.copied[layer] else None)
+            self._pager.lock.notify_all()
+        self.bytes += copied
+
+    def _fill(self, step: Step, stream: Stream) -> int:
+        """Issue the copies into one mapped block; returns the bytes that come over the link."""
+        block, source, device = step.block, step.source, self._pager.device
+        target = self.holding.region.tensor[block.offset : block.offset + block.size_bytes]
+        if step.lender is not None:
+            stream.wait_event(step.lender.pass_done)
+            if source is not None:
+                if source.ready is not None:
+                    stream.wait_event(source.ready)
+                size_bytes = self.holding.table.end_bytes(source)
+                there = step.lender.region.tensor[source.offset : source.offset + size_bytes]
+                if size_bytes:
+                    device.copy(target[:size_bytes], there, stream, Direction.D2D)
+            return 0
+        stored = source or block
+        size_bytes = self.holding.table.end_bytes(source) if source else block.host_valid_bytes
+        for at in range(0, size_bytes, PIECE_BYTES):
+            end = min(at + PIECE_BYTES, size_bytes)
+            device.copy(target[at:end], stored.host.tensor[at:end], stream, Direction.H2D)
+        return size_bytes
+
+    def _commit(self, step: Step, ready: object) -> None:
+        """The block is mapped here now. The pager's lock is held."""
+        block, holding = step.block, self.holding
+        if step.extent is not None:
+            block.device, step.extent = step.extent, None
+        if step.lender is None or step.source is not None:
+            block.ready = ready
+        block.places.add(holding)
+        holding.mapped[block.offset] = block
+        if holding.table not in block.holders:
+            replaced = holding.table.hold(block.layer, block.index, block)
+            if replaced is not None and not replaced.holders:
+                self._pager.tiers.discard(replaced)
+        block.loading = False
+        if step.lender is not None:
+            step.lender.pins -= 1
+            step.lender = None
+
+    def _release(self, steps: dict[int, list[Step]]) -> None:
+        """Give back what was claimed and not committed."""
+        with self._pager.lock:
+            for row in steps.values():
+                for step in row:
+                    step.block.loading = False
+                    if step.lender is not None:
+                        step.lender.pins -= 1
+                    if step.extent is not None:
+                        self._pager.pool.give_back(step.extent)
+            self._pager.lock.notify_all()

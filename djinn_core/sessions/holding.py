@@ -1,0 +1,89 @@
+"""What one session holds, as the pager sees it."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import TYPE_CHECKING
+
+from djinn_core.device.base import Device
+from djinn_core.errors import DjinnError
+from djinn_core.memory.regions import Region
+from djinn_core.sessions.blocks import Block, BlockTable, Layout
+from djinn_core.sessions.state import SessionState, transition
+
+if TYPE_CHECKING:
+    from djinn_core.sessions.bringin import BringIn
+    from djinn_core.sessions.checkpoint import Checkpoint
+
+_NUMBERS = itertools.count(1)
+
+
+class Holding:
+    """A session's region, its lineage, its checkpoints, and where its bytes are. Guarded by the pager's lock.
+
+    Attributes:
+        mapped: the block at each offset of the region.
+        pass_done: recorded on the compute stream when a pass has been issued.
+        arrival: for each layer, recorded behind what was last brought in for it.
+        jobs: bring-ins under way, or whose copies a pass may still have to wait for.
+        queued, draining: a write-back is wanted, or under way.
+        moving: its memory is being unmapped.
+        pins: others that read its mapped blocks now.
+        trouble: why the last write-back did not succeed; it is tried again at the next pause or eviction.
+    """
+
+    def __init__(self, device: Device, layout: Layout) -> None:
+        self.id = f"s{next(_NUMBERS)}"
+        self.layout = layout
+        self.region = Region(device, layout.total_bytes)
+        self.table = BlockTable(layout)
+        self.checkpoints: list[Checkpoint] = []
+        self.state = SessionState.RUNNING
+        self.mapped: dict[int, Block] = {}
+        self.pass_done = device.event()
+        self.arrival = [device.event() for _ in range(layout.layers)]
+        self.jobs: list[BringIn] = []
+        self.queued = self.draining = self.moving = self.release = False
+        self.pins = 0
+        self.last_use_s = time.monotonic()
+        self.expected_resume_s: float | None = None
+        self.prefetch_tried = False
+        self.trouble: DjinnError | None = None
+        self.failure: DjinnError | None = None
+
+    def go(self, to: SessionState, doing: str) -> None:
+        """Change the state, or refuse."""
+        self.state = transition(self.id, self.state, to, doing)
+
+    @property
+    def being_brought(self) -> bool:
+        """A bring-in may still map something here."""
+        return any(not job.done for job in self.jobs)
+
+    def wait_issued(self, *, cancel: bool = False) -> None:
+        """Return when no bring-in will map anything more here; with `cancel`, as soon as may be."""
+        for job in list(self.jobs):
+            job.cancelled = job.cancelled or cancel or job.prefetch
+            job.wait_issued()
+
+    @property
+    def device_bytes(self) -> int:
+        """Physical memory behind this region, shared blocks included."""
+        return sum(block.size_bytes for block in self.mapped.values())
+
+    @property
+    def own_device_bytes(self) -> int:
+        """What its leaving would free."""
+        return sum(block.size_bytes for block in self.mapped.values() if len(block.places) == 1)
+
+    def is_resident(self) -> bool:
+        """Every block of the lineage is mapped here."""
+        return all(self.mapped.get(block.offset) is block for block in self.table)
+
+    def dirty(self, block: Block) -> bool:
+        """The block would lose bytes if it were unmapped here now."""
+        return len(block.places) == 1 and block.host_valid_bytes < block.end_bytes()
+
+    def is_clean(self) -> bool:
+        return not any(self.dirty(block) for block in self.mapped.values())

@@ -1,0 +1,65 @@
+"""One pass of a session through the model: where it enters, what gates it, where it stops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from djinn_core.models.boundary import PassStopped
+from djinn_core.sessions.edits import Edit, apply_edits
+
+if TYPE_CHECKING:
+    from djinn_core.device.base import Stream
+    from djinn_core.sessions.bringin import BringIn
+
+EditsByLayer = Mapping[int, Sequence[Edit]]
+
+
+class Control:
+    """What the boundary asks during a session's pass (`PassControl`). One per pass.
+
+    Args:
+        first: layers that are skipped.
+        stop: layers after which the pass stops; None runs to its end.
+        jobs: bring-ins that each layer waits for.
+        enter: given the embeddings, returns what layer `first` receives; None leaves them.
+        edits: applied to the hidden states after a layer (counted from 1).
+        keep: takes the boundary when the pass stops.
+    """
+
+    def __init__(
+        self,
+        first: int,
+        stop: int | None,
+        jobs: Sequence[BringIn],
+        compute: Stream,
+        *,
+        enter: Callable[[torch.Tensor], torch.Tensor] | None,
+        edits: EditsByLayer,
+        keep: Callable[[torch.Tensor], None],
+    ) -> None:
+        self.first_layer = first
+        self._stop = stop
+        self._jobs = tuple(jobs)
+        self._compute = compute
+        self._enter = enter
+        self._edits = edits
+        self._keep = keep
+
+    def enter(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden if self._enter is None else self._enter(hidden)
+
+    def before_layer(self, layer: int) -> None:
+        for job in self._jobs:
+            job.gate(layer, self._compute)
+
+    def after_layer(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        done = layer + 1
+        if done in self._edits:
+            hidden = apply_edits(self._edits[done], hidden)
+        if done == self._stop:
+            self._keep(hidden)
+            raise PassStopped
+        return hidden

@@ -1,0 +1,61 @@
+"""Who leaves the device first. The policy chooses; the pager moves.
+
+Kept apart so that a user can replace it: any object with this `choose` will do, as `Runtime(policy=…)`. A choice is a
+guess about the future: a bad one costs time, never state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A paused session that could leave the device.
+
+    Attributes:
+        session: its id.
+        device_bytes: what its leaving would free.
+        clean: its write-back is complete, so leaving is an unmap.
+        last_use_s: when it was last run, on the clock of `now_s`.
+        expected_resume_s: when its owner said that it would go on, on the same clock; None when nothing was said.
+    """
+
+    session: str
+    device_bytes: int
+    clean: bool
+    last_use_s: float
+    expected_resume_s: float | None
+
+
+class Policy(Protocol):
+    """Decides the order in which paused sessions leave the device."""
+
+    def choose(self, candidates: Sequence[Candidate], needed_bytes: int, now_s: float) -> Sequence[str]: ...
+
+
+class ExpectedLast:
+    """The session that is expected back last goes first (Belady's rule, with a guess for the future).
+
+    Without a hint a session is expected after as long again as it has been idle, so that the least recently used one
+    goes first. Clean sessions go before dirty ones: an unmap costs microseconds, a write-back the link's time.
+    """
+
+    def choose(self, candidates: Sequence[Candidate], needed_bytes: int, now_s: float) -> Sequence[str]:
+        """The sessions to evict, in order: enough of them for `needed_bytes`, or all when that is not enough."""
+
+        def away_s(candidate: Candidate) -> float:
+            if candidate.expected_resume_s is not None:
+                return candidate.expected_resume_s - now_s
+            return now_s - candidate.last_use_s
+
+        order = sorted(candidates, key=lambda c: (not c.clean, -away_s(c), -c.device_bytes, c.session))
+        chosen, freed_bytes = [], 0
+        for candidate in order:
+            if freed_bytes >= needed_bytes:
+                break
+            chosen.append(candidate.session)
+            freed_bytes += candidate.device_bytes
+        return chosen

@@ -1,0 +1,117 @@
+"""The sessions of one runtime: opened on its models, listed, closed with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from djinn_core.device.base import Device
+from djinn_core.errors import UsageError
+from djinn_core.memory.disktier import DiskTier
+from djinn_core.memory.extents import ExtentPool
+from djinn_core.memory.hosttier import HostTier
+from djinn_core.sessions.blocks import Layout
+from djinn_core.sessions.checkpoint import Story
+from djinn_core.sessions.holding import Holding
+from djinn_core.sessions.kvcache import attention_windows, kv_layout
+from djinn_core.sessions.pager import Pager
+from djinn_core.sessions.policy import Policy
+from djinn_core.sessions.session import Session
+from djinn_core.sessions.state import SessionState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class SessionInfo:
+    """One session at one moment: its state, and where its KV is. Blocks that several share count for each."""
+
+    id: str
+    state: SessionState
+    length: int
+    max_length: int
+    batch_size: int
+    checkpoints: int
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    dirty_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.id:>6} {self.state.value:<9} {self.length:>7}/{self.max_length:<7} device {self.device_bytes:>14,} "
+            f"host {self.host_bytes:>14,} disk {self.disk_bytes:>14,}"
+        )
+
+
+class Sessions:
+    """Opens sessions, and closes what is left. Thread-safe.
+
+    Attributes:
+        pager: moves them; `pager.events` is its log.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        pool: ExtentPool,
+        host: HostTier,
+        disk: DiskTier | None = None,
+        policy: Policy | None = None,
+    ) -> None:
+        self.pager = Pager(device, pool, host, disk, policy)
+
+    def open(self, model: PreTrainedModel, *, max_length: int, batch_size: int = 1) -> Session:
+        """A session that may become `max_length` tokens long, RUNNING and empty.
+
+        Raises:
+            UnsupportedModel: a layer keeps something other than keys and values.
+            OutOfDeviceMemory: all tiers together could not hold every open session at its longest.
+        """
+        holding = self.open_holding(model, max_length=max_length, batch_size=batch_size)
+        return Session(model, self.pager, holding)
+
+    def open_holding(self, model: PreTrainedModel, *, max_length: int, batch_size: int) -> Holding:
+        """The memory side of `open`; `load_session` fills it."""
+        for name, value in (("max_length", max_length), ("batch_size", batch_size)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UsageError(f"{name} is {value!r}; give a whole number from 1")
+        attention_windows(model.config)
+        layout = self.layout(model, max_length, batch_size)
+        hidden = model.config.get_text_config(decoder=True).hidden_size
+        return self.pager.open(layout, batch_size * max_length * hidden * layout.dtype.itemsize)
+
+    def layout(self, model: PreTrainedModel, max_length: int, batch_size: int) -> Layout:
+        return kv_layout(model.config, model.dtype, batch_size, max_length, self.pager.device.granularity_bytes)
+
+    def adopt(self, model: PreTrainedModel, holding: Holding, story: Story) -> Session:
+        """A session around a holding that `load_session` has filled."""
+        return Session(model, self.pager, holding, story)
+
+    def infos(self) -> tuple[SessionInfo, ...]:
+        """Every open session, now."""
+        with self.pager.lock:
+            return tuple(_info(holding) for holding in self.pager.holdings.values())
+
+    def close(self) -> None:
+        """Close what is open, and end the pager."""
+        for holding in list(self.pager.holdings.values()):
+            self.pager.close_session(holding)
+        self.pager.close()
+
+
+def _info(holding: Holding) -> SessionInfo:
+    blocks = set(holding.table).union(*(set(point.table) for point in holding.checkpoints))
+    return SessionInfo(
+        id=holding.id,
+        state=holding.state,
+        length=min(holding.table.lengths),
+        max_length=holding.layout.max_length,
+        batch_size=holding.layout.batch_size,
+        checkpoints=len(holding.checkpoints),
+        device_bytes=holding.device_bytes,
+        host_bytes=sum(block.host_valid_bytes for block in blocks),
+        disk_bytes=sum(block.disk_valid_bytes for block in blocks),
+        dirty_bytes=sum(max(0, block.end_bytes() - block.host_valid_bytes) for block in holding.mapped.values()),
+    )

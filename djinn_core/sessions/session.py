@@ -1,0 +1,617 @@
+"""A session: an inference that can stop at a layer, leave the GPU, be edited or forked, and go on from exactly there.
+
+A session is used by one caller at a time; different sessions may be used at once. All state of an inference lies here
+and in its holding, none on the model. Not taken: suspending inside `model.generate`. It holds its state on the stack of
+its caller; here generation is a loop over passes, each of which can stop.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from djinn_core.errors import BreakpointError, EditError, SessionStateError, UsageError
+from djinn_core.models.boundary import RUNNING, PassStopped
+from djinn_core.sessions.breakpoints import Breakpoint, check_breakpoint, check_layer
+from djinn_core.sessions.checkpoint import Boundary, Checkpoint, PassInputs, Story
+from djinn_core.sessions.edits import Edit, apply_edits, check_edits
+from djinn_core.sessions.generation import Chooser
+from djinn_core.sessions.holding import Holding
+from djinn_core.sessions.kvcache import SessionCache, attention_windows
+from djinn_core.sessions.passes import Control, EditsByLayer
+from djinn_core.sessions.sampling import Sampling
+from djinn_core.sessions.staging import Slot
+from djinn_core.sessions.state import SessionState, refusal
+from djinn_core.sessions.trace import Trace
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+    from djinn_core.sessions.pager import Pager
+
+GREEDY = Sampling()
+NO_EDITS: EditsByLayer = {}
+
+
+class Session:
+    """One inference on one model. Made by `open_session`, `fork` and `load_session`.
+
+    Attributes:
+        id: unique in the process.
+        stopped: the checkpoint at which the last pass stopped, None when it ran to its end.
+        trace: where the time of the last resume went; None before the first.
+    """
+
+    def __init__(self, model: PreTrainedModel, pager: Pager, holding: Holding, story: Story | None = None) -> None:
+        self._model = model
+        self._pager = pager
+        self._holding = holding
+        self._layers = holding.layout.layers
+        self._hidden = model.config.get_text_config(decoder=True).hidden_size
+        self._cache = SessionCache(attention_windows(model.config), holding.layout, holding.region, holding.table)
+        self._story = story or Story()
+        self._generator: torch.Generator | None = None
+        self._user = threading.Lock()
+        self._reading: tuple[Boundary, object] | None = None
+        known = inspect.signature(model.forward).parameters
+        self._options = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        self._has_positions = "position_ids" in known
+        self.id = holding.id
+        self.stopped: Checkpoint | None = None
+        self.trace: Trace | None = None
+
+    # what it is
+
+    @property
+    def state(self) -> SessionState:
+        return self._holding.state
+
+    @property
+    def length(self) -> int:
+        """Tokens whose KV every layer has."""
+        return min(self._holding.table.lengths)
+
+    @property
+    def max_length(self) -> int:
+        return self._holding.layout.max_length
+
+    @property
+    def batch_size(self) -> int:
+        return self._holding.layout.batch_size
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self._model
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """All that it can go back to, oldest first."""
+        return tuple(self._holding.checkpoints)
+
+    @property
+    def logits(self) -> torch.Tensor | None:
+        """[B, vocab] of the last complete pass."""
+        return self._story.logits
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory behind its KV, shared blocks included."""
+        return self._holding.device_bytes
+
+    @contextmanager
+    def _use(self, doing: str) -> Iterator[None]:
+        if not self._user.acquire(blocking=False):
+            raise SessionStateError(
+                f"session {self.id} cannot {doing}: another thread is using it; a session has one caller at a time"
+            )
+        try:
+            yield
+        finally:
+            self._user.release()
+
+    def _need_running(self, doing: str) -> None:
+        if self.state not in (SessionState.RUNNING, SessionState.RESUMING):
+            raise refusal(self.id, self.state, doing)
+        if self.stopped is not None:
+            raise SessionStateError(
+                f"session {self.id} cannot {doing}: its last pass stopped after layer {self.stopped.layer}; resume it, or "
+                "resume an earlier checkpoint"
+            )
+
+    # running
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        stop_after: int | None = None,
+        edits: Sequence[Edit] | Mapping[int, Sequence[Edit]] = (),
+    ) -> torch.Tensor | Checkpoint:
+        """Run `input_ids` [B, T] behind what the session holds: logits [B, vocab] of the last position.
+
+        Asynchronous, as any forward: the logits are complete on the caller's stream. A token that `generate` chose
+        last and no pass has taken yet goes before them.
+
+        Args:
+            attention_mask: [B, T], 0 for padding in these ids; what came before is remembered.
+            stop_after: stop the pass after this layer (1 to the number of layers) and return the checkpoint there.
+            edits: of the hidden states: a mapping from layer to edits, or edits for the layer of `stop_after`.
+
+        Raises:
+            SessionStateError: the session is paused, stopped in a pass, or would grow past its `max_length`.
+            OutOfDeviceMemory: running sessions leave no room; the session is whole, try again after pausing one.
+        """
+        with self._use("run"):
+            self._need_running("run")
+            if stop_after is not None:
+                check_layer(stop_after, self._layers)
+            inputs = self._inputs(input_ids, attention_mask)
+            by_layer = self._edits_by_layer(edits, stop_after, inputs.ids.shape[1])
+            story = replace(self._story, pending=None, unfinished=None)
+            return self._run(story, inputs, 0, stop_after, by_layer)
+
+    def generate(
+        self, max_new_tokens: int, *, stop_at: Breakpoint | None = None, sampling: Sampling = GREEDY
+    ) -> torch.Tensor:
+        """Choose up to `max_new_tokens` after what has been run: new ids [B, n], as `model.generate` would.
+
+        With `stop_at`, returns the tokens chosen so far when the breakpoint fires; `session.stopped` is the checkpoint.
+
+        Raises:
+            BreakpointError: it names a place that does not exist, or every sequence ended before it fired.
+            SessionStateError: nothing has been run yet, or as for `forward`.
+        """
+        with self._use("generate"):
+            self._need_running("generate")
+            if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+                raise UsageError(f"max_new_tokens is {max_new_tokens!r}; give a whole number from 1")
+            if stop_at is not None:
+                check_breakpoint(stop_at, self._layers, max_new_tokens)
+            if self._story.logits is None:
+                raise SessionStateError(f"session {self.id} cannot generate: it has no prompt; run one with forward")
+            chooser = Chooser(self._model, sampling, self._story, self._random(sampling))
+            new: list[torch.Tensor] = []
+            for number in range(max_new_tokens):
+                if self._story.pending is not None:
+                    self._run_pending(None)
+                if not chooser.any_unfinished(self._story):
+                    break
+                self._story, token = chooser.choose(self._story)
+                new.append(token)
+                if stop_at is not None and stop_at.token == number:
+                    self._run_pending(stop_at.layer)
+                    break
+            if stop_at is not None and self.stopped is None:
+                raise BreakpointError(
+                    f"the breakpoint at token {stop_at.token} did not fire: every sequence had ended after {len(new)} "
+                    "tokens"
+                )
+            if not new:
+                return self._story.logits.new_empty((self.batch_size, 0), dtype=torch.long)
+            return torch.cat(new, dim=1)
+
+    def _random(self, sampling: Sampling) -> torch.Generator | None:
+        """The session's own stream of random numbers; torch's global one is not touched."""
+        if not sampling.do_sample:
+            return None
+        if self._generator is None:
+            self._generator = torch.Generator(self._pager.device.torch_device)
+            if self._story.rng is not None:
+                self._generator.set_state(self._story.rng)
+        if sampling.seed is not None:
+            self._generator.manual_seed(sampling.seed)
+        return self._generator
+
+    def _run_pending(self, stop: int | None) -> None:
+        inputs = self._inputs(torch.empty((self.batch_size, 0), dtype=torch.long), None)
+        self._run(replace(self._story, pending=None), inputs, 0, stop, NO_EDITS)
+
+    def _inputs(self, ids: torch.Tensor, mask: torch.Tensor | None) -> PassInputs:
+        """The inputs of a pass over the pending token and `ids`, on the device."""
+        device, story = self._pager.device.torch_device, self._story
+        if ids.ndim != 2 or ids.shape[0] != self.batch_size or ids.dtype not in (torch.int64, torch.int32):
+            raise UsageError(
+                f"input_ids are {ids.dtype} of shape {tuple(ids.shape)}; the session takes whole numbers of "
+                f"[{self.batch_size}, T]"
+            )
+        if mask is not None and mask.shape != ids.shape:
+            raise UsageError(
+                f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}; give equal ones"
+            )
+        ids = ids.to(device)
+        if story.pending is not None:
+            ids = torch.cat([story.pending, ids], dim=1)
+        new = ids.shape[1]
+        if not new:
+            raise UsageError("input_ids are empty")
+        if self.length + new > self.max_length:
+            raise SessionStateError(
+                f"session {self.id} holds {self.length} tokens and was opened for {self.max_length}; {new} more do not "
+                "fit: open one with a larger max_length"
+            )
+        if story.mask is None and (mask is None or bool(mask.all())):
+            return PassInputs(ids, None, None)
+        before = story.mask if story.mask is not None else torch.ones((ids.shape[0], self.length), dtype=torch.long)
+        added = torch.ones(ids.shape, dtype=torch.long, device=device)
+        if mask is not None:
+            added[:, new - mask.shape[1] :] = mask.to(device)
+        whole = torch.cat([before.to(device), added], dim=1)
+        positions = (whole.cumsum(-1) - 1).masked_fill(whole == 0, 0)[:, -new:]
+        return PassInputs(ids, whole, positions if self._has_positions else None)
+
+    def _edits_by_layer(
+        self, edits: Sequence[Edit] | Mapping[int, Sequence[Edit]], stop: int | None, tokens: int
+    ) -> EditsByLayer:
+        if not edits:
+            return NO_EDITS
+        if not isinstance(edits, Mapping):
+            if stop is None:
+                raise EditError("edits without stop_after need a layer each: give a mapping {layer: [edit, …]}")
+            edits = {stop: edits}
+        shape = (self.batch_size, tokens, self._hidden)
+        for layer in edits:
+            check_layer(layer, self._layers)
+            if stop is not None and layer > stop:
+                raise EditError(f"an edit after layer {layer} never happens in a pass that stops after layer {stop}")
+        return {layer: check_edits(given, shape, self._holding.layout.dtype) for layer, given in edits.items()}
+
+    def _run(
+        self,
+        story: Story,
+        inputs: PassInputs,
+        first: int,
+        stop: int | None,
+        edits: EditsByLayer,
+        enter: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        earlier: tuple[Edit, ...] = (),
+        *,
+        claimed: bool = False,
+    ) -> torch.Tensor | Checkpoint:
+        """One pass of layers `first` to `stop`; the session has moved on only when it returns."""
+        pager, holding, last = self._pager, self._holding, stop or self._layers
+        new = inputs.ids.shape[1]
+        boundary = None if stop is None else self._boundary(new)
+        out = None
+        try:
+            if not claimed:
+                pager.claim(holding, first, last, new)
+            control = Control(
+                first,
+                stop,
+                holding.jobs,
+                pager.device.current_stream(),
+                enter=enter,
+                edits=edits,
+                keep=lambda hidden: self._keep(boundary, hidden),
+            )
+            out = self._call(control, inputs, self._start_of(first, new))
+        except BaseException:
+            pager.abandon(holding)
+            if boundary is not None:
+                with pager.lock:
+                    pager.tiers.discard(boundary)
+            raise
+        pager.settle(holding, first, last, new)
+        if stop is None:
+            self._story = replace(story, ids=(*story.ids, inputs.ids), mask=inputs.mask, logits=out)
+            self.stopped = None
+            return out
+        pager.boundary_issued(boundary)
+        applied = earlier + tuple(edit for layer in sorted(edits) for edit in edits[layer])
+        self._story = self._with_random(story)
+        self.stopped = Checkpoint(stop, boundary, inputs, holding.table.copy(), self._story, applied)
+        pager.add_checkpoint(holding, self.stopped)
+        return self.stopped
+
+    def _start_of(self, first: int, new: int) -> int:
+        """The length at the beginning of the pass that enters at layer `first`."""
+        lengths = self._holding.table.lengths
+        return lengths[first] if first < self._layers else lengths[0] - new
+
+    def _call(self, control: Control, inputs: PassInputs, start: int) -> torch.Tensor | None:
+        """The model's own forward; None when the control stopped it."""
+        given = dict(self._options)
+        if inputs.mask is not None:
+            given["attention_mask"] = inputs.mask
+        if inputs.positions is not None:
+            given["position_ids"] = inputs.positions
+        token = RUNNING.set(control)
+        self._cache.begin(start)
+        try:
+            with torch.no_grad():
+                out = self._model(
+                    input_ids=inputs.ids, past_key_values=self._cache, use_cache=True, return_dict=True, **given
+                )
+            return out.logits[:, -1]
+        except PassStopped:
+            return None
+        finally:
+            self._cache.end()
+            RUNNING.reset(token)
+
+    def _boundary(self, tokens: int) -> Boundary:
+        """Room on the host for a boundary, before the pass begins, so that a full host stops nothing half-way."""
+        shape = torch.Size((self.batch_size, tokens, self._hidden))
+        boundary = Boundary(shape, self._holding.layout.dtype, self._pager.device.event())
+        boundary.host = self._pager.tiers.allocate(boundary.size_bytes, self.id)
+        return boundary
+
+    def _keep(self, boundary: Boundary, hidden: torch.Tensor) -> None:
+        """Write the boundary to the host, asynchronously; the device copy stays until that is complete."""
+        hidden = hidden.contiguous()
+        self._pager.staging.store(hidden, boundary.host.tensor[: boundary.size_bytes], boundary.written)
+        boundary.device = hidden
+
+    # pausing and resuming
+
+    def pause(self, *, expected_resume_s: float | None = None, release: bool = False) -> None:
+        """Leave the GPU: returns at once, and the state is written back behind the work that is queued.
+
+        After that its memory belongs to whoever needs it; until then a resume finds it in place.
+
+        Args:
+            expected_resume_s: seconds from now at which it will probably be resumed; it is brought back just before.
+            release: give the memory up as soon as it is written back, whether anyone needs it or not.
+        """
+        with self._use("be paused"):
+            self._done_reading()
+            self._pager.pause(self._holding, expected_resume_s, release)
+
+    def resume(
+        self,
+        checkpoint: Checkpoint | None = None,
+        *,
+        edits: Sequence[Edit] | Mapping[int, Sequence[Edit]] = (),
+        stop_after: int | None = None,
+    ) -> torch.Tensor | Checkpoint | None:
+        """Go on from `checkpoint`, or from where the session stands.
+
+        In a stopped pass: layers that have been executed are not executed again, the boundary goes in, and the rest of
+        the pass runs: its logits [B, vocab], or another checkpoint when `stop_after` names a later layer. Between
+        tokens: None; the next `forward` or `generate` goes on. The checkpoint stays as it was.
+
+        Args:
+            edits: of the boundary, before it goes in; or a mapping from layer to edits.
+        """
+        begun_s = time.perf_counter()
+        with self._use("resume"):
+            place = self.stopped if checkpoint is None else self._own(checkpoint)
+            if place is None and self.state is SessionState.RUNNING:
+                raise refusal(self.id, self.state, "resume")
+            if self.state in (SessionState.CLOSED, SessionState.FAILED):
+                raise refusal(self.id, self.state, "resume") from self._holding.failure
+            self._done_reading()
+            if place is None or place.boundary is None:
+                return self._resume_between(place, begun_s, edits, stop_after)
+            return self._resume_stopped(place, begun_s, edits, stop_after)
+
+    def _own(self, checkpoint: Checkpoint) -> Checkpoint:
+        """This session's checkpoint of that id: a fork has its own of those that it shares."""
+        for own in self._holding.checkpoints:
+            if own.id == checkpoint.id:
+                return own
+        raise SessionStateError(
+            f"session {self.id} has no checkpoint {checkpoint.id}; it has {', '.join(c.id for c in self.checkpoints) or 'none'}"
+        )
+
+    def _resume_between(self, place: Checkpoint | None, begun_s: float, edits: object, stop_after: int | None) -> None:
+        if edits or stop_after is not None:
+            raise UsageError(
+                f"session {self.id} stands between tokens, where there is no boundary to edit and no pass to stop; give "
+                "edits and stop_after to forward"
+            )
+        pager, holding = self._pager, self._holding
+        trace = Trace(pager.device, begun_s)
+        trace.ready.record(pager.staging.urgent)
+        if place is not None:
+            pager.adopt(holding, place)
+            self._stand_at(place)
+        trace.mark("lineage")
+        trace.job = pager.resume(holding, 0, 0, 0)
+        trace.mark("bring-in begun")
+        self.trace = trace
+
+    def _resume_stopped(
+        self,
+        place: Checkpoint,
+        begun_s: float,
+        edits: Sequence[Edit] | Mapping[int, Sequence[Edit]],
+        stop_after: int | None,
+    ) -> torch.Tensor | Checkpoint:
+        pager, holding = self._pager, self._holding
+        trace = Trace(pager.device, begun_s)
+        slot = self._load_boundary(place.boundary, trace)
+        entered = False
+
+        def enter(hidden: torch.Tensor) -> torch.Tensor:
+            nonlocal entered
+            entered = True
+            out = self._enter(place.boundary, slot)
+            return apply_edits(by_layer.get(place.layer, ()), out)
+
+        try:
+            trace.mark("boundary issued")
+            if stop_after is not None and check_layer(stop_after, self._layers) <= place.layer:
+                raise BreakpointError(
+                    f"the pass has been executed to layer {place.layer} and cannot stop after layer {stop_after} any more"
+                )
+            given = edits if isinstance(edits, Mapping) or not edits else {place.layer: edits}
+            tokens = place.inputs.ids.shape[1]
+            by_layer = self._edits_by_layer(given, stop_after, tokens)
+            if by_layer and min(by_layer) < place.layer:
+                raise EditError(
+                    f"layer {min(by_layer)} lies before the checkpoint, which stands after layer {place.layer}"
+                )
+            if not self._stands_at(place):
+                pager.adopt(holding, place)
+                self._stand_at(place)
+            trace.mark("lineage")
+            trace.job = pager.resume(holding, place.layer, stop_after or self._layers, tokens)
+            trace.mark("bring-in begun")
+            later = {layer: some for layer, some in by_layer.items() if layer > place.layer}
+            applied = place.edits + tuple(by_layer.get(place.layer, ()))
+            out = self._run(place.story, place.inputs, place.layer, stop_after, later, enter, applied, claimed=True)
+        finally:
+            if not entered and isinstance(slot, Slot):
+                pager.staging.give_back(slot)
+        trace.mark("pass issued")
+        self.trace = trace
+        return out
+
+    def _load_boundary(self, boundary: Boundary, trace: Trace) -> Slot | torch.Tensor:
+        """Issue the boundary's copy to the device before anything else; the tensor itself when it is still there."""
+        pager = self._pager
+        there = boundary.device
+        if there is not None:
+            trace.ready.record(pager.device.current_stream())
+            return there
+        slot = pager.staging.take()
+        slot.start.record(pager.staging.urgent)
+        with boundary.lock:
+            host = boundary.host
+            boundary.readers += 1
+        try:
+            if host is None:
+                pager.tiers.fetch(boundary, self.id)
+                host = boundary.host
+            pager.staging.load(slot, host.tensor[: boundary.size_bytes])
+        except BaseException:
+            with boundary.lock:
+                boundary.readers -= 1
+            pager.staging.give_back(slot)
+            raise
+        self._reading = (boundary, slot.ready)
+        trace.start, trace.ready = slot.start, slot.ready
+        return slot
+
+    def _enter(self, boundary: Boundary, slot: Slot | torch.Tensor) -> torch.Tensor:
+        """The boundary as the next layer's input, on the compute stream; the slot is given back behind it."""
+        if isinstance(slot, torch.Tensor):
+            return slot
+        compute = self._pager.device.current_stream()
+        try:
+            compute.wait_event(slot.ready)
+            hidden = slot.bytes[: boundary.size_bytes].view(boundary.dtype).view(boundary.shape).clone()
+            slot.free.record(compute)
+        finally:
+            self._pager.staging.give_back(slot)
+        return hidden
+
+    def _done_reading(self) -> None:
+        """The last resume's boundary has been read, and may leave the host."""
+        if self._reading is not None:
+            boundary, ready = self._reading
+            self._reading = None
+            try:
+                ready.synchronize()
+            finally:
+                with boundary.lock:
+                    boundary.readers -= 1
+
+    def _stands_at(self, place: Checkpoint) -> bool:
+        """The lineage is the checkpoint's own already."""
+        table = self._holding.table
+        return self.stopped is place and table.lengths == place.table.lengths and table.blocks == place.table.blocks
+
+    def _stand_at(self, place: Checkpoint) -> None:
+        self._story = place.story
+        self._generator = None
+        self.stopped = place if place.boundary is not None else None
+
+    def prefetch(self) -> None:
+        """Begin to bring a paused session back, without running it. It stays paused, and may leave again."""
+        with self._use("be prefetched"):
+            self._pager.prefetch(self._holding)
+
+    def wait_until(self, what: str, timeout_s: float) -> None:
+        """Block until the session is ``"clean"`` (written back), ``"released"`` (off the device) or ``"restored"``.
+
+        Raises:
+            TimeoutError: it was not, in time.
+            DjinnError: the write-back or the bring-in failed; the message says what is left.
+        """
+        self._pager.wait_until(self._holding, what, timeout_s)
+
+    # checkpoints, branches, copies
+
+    def checkpoint(self) -> Checkpoint:
+        """A checkpoint of where the session stands: between tokens, or the stopped pass's own."""
+        with self._use("be checkpointed"):
+            if self.state in (SessionState.CLOSED, SessionState.FAILED):
+                raise refusal(self.id, self.state, "be checkpointed")
+            if self.stopped is not None:
+                return self.stopped
+            self._story = self._with_random(self._story)
+            with self._pager.lock:
+                point = Checkpoint(None, None, None, self._holding.table.copy(), self._story)
+            self._pager.add_checkpoint(self._holding, point)
+            return point
+
+    def drop(self, checkpoint: Checkpoint) -> None:
+        """Forget a checkpoint, and give up what only it refers to."""
+        with self._use("drop a checkpoint"):
+            own = self._own(checkpoint)
+            if own is self.stopped:
+                raise SessionStateError(f"session {self.id} stands at {own.id}; resume it, or another one, first")
+            self._done_reading()
+            self._pager.drop_checkpoint(self._holding, own)
+
+    def _with_random(self, story: Story) -> Story:
+        return story if self._generator is None else replace(story, rng=self._generator.get_state())
+
+    def fork(self) -> Session:
+        """Another session that stands where this one does, and shares its memory. It is paused: resume it."""
+        with self._use("be forked"):
+            if self.state in (SessionState.CLOSED, SessionState.FAILED):
+                raise refusal(self.id, self.state, "be forked")
+            self._holding.wait_issued()
+            self._story = self._with_random(self._story)
+            twin = self._pager.fork(self._holding)
+            branch = Session(self._model, self._pager, twin, self._story)
+            for point in self._holding.checkpoints:
+                with self._pager.lock:
+                    own = replace(point, table=point.table.copy())
+                self._pager.add_checkpoint(twin, own)
+                if point is self.stopped:
+                    branch.stopped = own
+            return branch
+
+    def save(self, folder: str | Path) -> None:
+        """Write the session and its checkpoints to `folder`: safetensors and JSON, complete or not at all."""
+        from djinn_core.sessions.snapshot import save_session
+
+        with self._use("be saved"):
+            if self.state in (SessionState.CLOSED, SessionState.FAILED):
+                raise refusal(self.id, self.state, "be saved")
+            self._story = self._with_random(self._story)
+            save_session(self, folder)
+
+    def close(self) -> None:
+        """Give up everything that it holds. Twice is once."""
+        with self._use("be closed"):
+            if self.state is SessionState.CLOSED:
+                return
+            try:
+                self._done_reading()
+            finally:
+                self.stopped = None
+                self._pager.close_session(self._holding)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Session({self.id}, {self.state.value}, {self.length} of {self.max_length} tokens)"

@@ -1,0 +1,151 @@
+"""Standing extents that boundaries pass through, mapped once, so that a resume's first copy waits for no map.
+
+A resume takes an inbound slot, issues the copy of its boundary into it at once, on a stream of its own, and gives the
+slot back when the pass has read it. A stop writes its boundary through the outbound slot, so that torch's allocator
+has the activation back at once. Inbound slots are taken before the turn and given back within it, the outbound one is
+used only within it, so nobody waits for a slot while holding what another one needs.
+
+Not taken: pooled extents mapped per resume. A map and its grant under load cost as much as the whole copy.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+import torch
+
+from djinn_core.device.base import Device, Direction, Event
+from djinn_core.errors import DeviceError
+from djinn_core.memory.extents import Extent, ExtentPool
+from djinn_core.memory.ledger import Kind
+from djinn_core.memory.regions import Region
+
+INBOUND_SLOTS = 2
+Acquire = Callable[[int, Kind, str], Extent]
+
+
+class Slot:
+    """One standing extent.
+
+    Attributes:
+        bytes: uint8 over all of it.
+        start, ready: timing events around the copy into it; `ready` is when its bytes are there.
+        free: after this event it may be overwritten.
+    """
+
+    def __init__(self, device: Device, pool: ExtentPool, acquire: Acquire, size_bytes: int) -> None:
+        self._pool = pool
+        self._extent = acquire(size_bytes, Kind.STAGING, "staging")
+        self.size_bytes = self._extent.size_bytes
+        self._region = None
+        try:
+            self._region = Region(device, self.size_bytes)
+            self._region.map([(0, self._extent)])
+        except DeviceError:
+            self._pool.give_back(self._extent)
+            if self._region is not None:
+                self._region.close()
+            raise
+        self.bytes = self._region.tensor
+        self.free = device.event()
+        self.renew(device)
+
+    def renew(self, device: Device) -> None:
+        """Fresh timing events: a trace keeps those of its own resume."""
+        self.start = device.event(timing=True)
+        self.ready = device.event(timing=True)
+
+    def close(self) -> None:
+        self.free.synchronize()
+        self.ready.synchronize()
+        self._pool.give_back(self._region.unmap([0])[0])
+        self._region.close()
+
+
+class Staging:
+    """The slots of one runtime. `grow` makes them large enough; it is called when a session is opened."""
+
+    def __init__(self, device: Device, pool: ExtentPool, acquire: Acquire) -> None:
+        self._device = device
+        self._pool = pool
+        self._acquire = acquire
+        self._changed = threading.Condition()
+        self._idle: deque[Slot] = deque()
+        self._slots: list[Slot] = []
+        self._outbound: Slot | None = None
+        self.urgent = device.stream(-1)
+        self.out_stream = device.stream(-1)
+
+    def grow(self, size_bytes: int) -> None:
+        """Slots of at least `size_bytes`. Smaller ones go when they are idle.
+
+        Raises:
+            OutOfDeviceMemory: there is no room; the slots are as they were.
+        """
+        with self._changed:
+            if self._outbound is not None and self._outbound.size_bytes >= size_bytes:
+                return
+            new: list[Slot] = []
+            try:
+                for _ in range(INBOUND_SLOTS + 1):
+                    new.append(Slot(self._device, self._pool, self._acquire, size_bytes))
+            except BaseException:
+                for slot in new:
+                    slot.close()
+                raise
+            old = [*self._idle, *([self._outbound] if self._outbound else [])]
+            self._outbound = new.pop()
+            self._idle = deque(new)
+            self._slots = new
+            self._changed.notify_all()
+        for slot in old:
+            slot.close()
+
+    def take(self) -> Slot:
+        """An inbound slot; waits for another resume's when none is idle."""
+        try:
+            return self._idle.popleft()
+        except IndexError:
+            with self._changed:
+                self._changed.wait_for(lambda: self._idle)
+                return self._idle.popleft()
+
+    def give_back(self, slot: Slot) -> None:
+        """The slot may be taken again; the stream order keeps its readers and the next writer apart."""
+        slot.renew(self._device)
+        with self._changed:
+            if slot in self._slots:
+                self._idle.append(slot)
+                self._changed.notify()
+                return
+        slot.close()
+
+    def load(self, slot: Slot, source: torch.Tensor) -> None:
+        """Issue the copy of a boundary into `slot`; done at `slot.ready`. `slot.start` has been recorded."""
+        self.urgent.wait_event(slot.free)
+        self._device.copy(slot.bytes[: source.numel()], source, self.urgent, Direction.H2D)
+        slot.ready.record(self.urgent)
+
+    def store(self, hidden: torch.Tensor, target: torch.Tensor, written: Event) -> None:
+        """Write `hidden` (on the compute stream) to pinned `target`, asynchronously; done at `written`."""
+        slot = self._outbound
+        size_bytes = hidden.numel() * hidden.element_size()
+        compute = self._device.current_stream()
+        compute.wait_event(slot.free)
+        slot.bytes[:size_bytes].view(hidden.dtype).view(hidden.shape).copy_(hidden)
+        slot.start.record(compute)
+        self.out_stream.wait_event(slot.start)
+        self._device.copy(target, slot.bytes[:size_bytes], self.out_stream, Direction.D2H)
+        slot.free.record(self.out_stream)
+        written.record(self.out_stream)
+
+    def close(self) -> None:
+        with self._changed:
+            slots = [*self._idle, *([self._outbound] if self._outbound else [])]
+            self._idle.clear()
+            self._slots = []
+            self._outbound = None
+        for slot in slots:
+            slot.close()

@@ -1,0 +1,29 @@
+"""Rigs as fixtures: each is closed after its test, and must hold nothing then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.sessions import rigs
+
+
+@pytest.fixture
+def make_rig(tmp_path: Path) -> Iterator[rigs.MakeRig]:
+    """A factory of rigs."""
+    made: list[rigs.Rig] = []
+
+    def make(*args, **options) -> rigs.Rig:
+        made.append(rigs.make_rig(tmp_path, *args, **options))
+        return made[-1]
+
+    yield make
+    for rig in made:
+        rig.close()
+
+
+@pytest.fixture
+def rig(make_rig: rigs.MakeRig) -> rigs.Rig:
+    return make_rig()

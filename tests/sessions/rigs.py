@@ -1,0 +1,108 @@
+"""Small models with stock weights, served on the emulated device beside their stock selves."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PretrainedConfig, PreTrainedModel
+
+from djinn_core.device import open_device
+from djinn_core.device.cpu import CpuDevice
+from djinn_core.memory import DiskTier, ExtentPool, HostTier, Kind
+from djinn_core.models.boundary import NullProvider, executed_layers, install
+from djinn_core.models.stack import find_stack
+from djinn_core.sessions import Policy, Session, Sessions
+from djinn_core.turn import Turn
+
+LAYERS = 4
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+
+
+def config_of(family: str) -> PretrainedConfig:
+    """The shrunken config of a model family."""
+    if family == "gpt2":
+        return GPT2Config(vocab_size=128, n_embd=64, n_layer=LAYERS, n_head=4, n_positions=256)
+    if family == "mistral":
+        return MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=8)
+    heads = 2 if family == "gqa" else 4
+    return LlamaConfig(**SMALL, num_key_value_heads=heads, tie_word_embeddings=family == "gqa")
+
+
+@dataclass
+class Rig:
+    """A stock model, the same one served, and the sessions room around it."""
+
+    stock: PreTrainedModel
+    served: PreTrainedModel
+    device: CpuDevice
+    pool: ExtentPool
+    host: HostTier
+    disk: DiskTier | None
+    sessions: Sessions
+
+    def open(self, max_length: int = 48, batch_size: int = 1) -> Session:
+        return self.sessions.open(self.served, max_length=max_length, batch_size=batch_size)
+
+    @property
+    def executed(self) -> tuple[int, ...]:
+        return executed_layers(self.served)
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(size for (kind, _), size in self.pool.usage().held.items() if kind is Kind.KV)
+
+    def close(self) -> None:
+        self.sessions.close()
+        assert self.pool.held_bytes == 0
+        assert self.host.held_bytes == 0
+        if self.disk is not None:
+            assert self.disk.held_bytes == 0
+            self.disk.close()
+        self.pool.close()
+        self.host.close()
+        self.device.close()
+
+
+_STOCK: dict[tuple[str, torch.dtype], PreTrainedModel] = {}
+
+
+def stock_model(family: str, dtype: torch.dtype) -> PreTrainedModel:
+    if (family, dtype) not in _STOCK:
+        torch.manual_seed(7)
+        model = AutoModelForCausalLM.from_config(config_of(family), dtype=dtype)
+        _STOCK[family, dtype] = model.eval().requires_grad_(False)
+    return _STOCK[family, dtype]
+
+
+def make_rig(
+    folder: Path,
+    family: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    *,
+    device_bytes: int = 64 << 20,
+    host_bytes: int = 256 << 20,
+    disk_bytes: int = 0,
+    policy: Policy | None = None,
+) -> Rig:
+    stock = stock_model(family, dtype)
+    served = copy.deepcopy(stock)
+    install(served, find_stack(served), NullProvider(), Turn())
+    device = open_device("cpu", capacity_bytes=device_bytes)
+    pool = ExtentPool(device, device_bytes)
+    host = HostTier(device, host_bytes)
+    disk = DiskTier(folder, disk_bytes) if disk_bytes else None
+    return Rig(stock, served, device, pool, host, disk, Sessions(device, pool, host, disk, policy))
+
+
+MakeRig = Callable[..., Rig]
