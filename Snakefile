@@ -6,8 +6,6 @@
 #
 # What is measured is in config/, how it is run is in profiles/. The rules are in workflow/rules/, one file for each
 # experiment; an experiment takes part when its file is there.
-from pathlib import Path
-
 from snakemake.utils import min_version
 
 min_version("9.17")
@@ -16,11 +14,12 @@ min_version("9.17")
 configfile: "config/config.yaml"
 
 
-RULES = Path("workflow/rules")
+include: "workflow/rules/common.smk"
+include: "workflow/rules/certify.smk"
+
+
 EXPERIMENTS = [
-    name
-    for name in ("streaming", "resume", "pressure", "rpc")
-    if (Path(workflow.basedir) / RULES / f"{name}.smk").is_file()
+    name for name in ("streaming", "resume", "pressure", "rpc") if has_rules(name)
 ]
 DRAWN = {
     "streaming": ["fig5", "report"],
@@ -28,14 +27,9 @@ DRAWN = {
     "pressure": ["fig6", "memory_breakdown"],
 }
 
-
-include: "workflow/rules/common.smk"
-include: "workflow/rules/certify.smk"
-
-
 for name in EXPERIMENTS:
 
-    include: str(RULES / f"{name}.smk")
+    include: f"workflow/rules/{name}.smk"
 
 
 include: "workflow/rules/figures.smk"

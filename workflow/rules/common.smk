@@ -28,8 +28,18 @@ def settings(experiment):
     return lambda wildcards: canonical(settings_of(wildcards.run), experiment)
 
 
+def has_rules(experiment):
+    """Whether this experiment is part of the pipeline: its rules are there."""
+    return (Path(workflow.basedir) / "workflow/rules" / f"{experiment}.smk").is_file()
+
+
+def result_files(experiment, systems):
+    """The result files of these systems in this run."""
+    return [f"results/{RUN}/{experiment}/{system}.json" for system in systems]
+
+
 def results_folder(wildcards, input):
-    """Parameter of a rule that reads a whole run: the folder of its certificate."""
+    """The folder of a whole run, where its certificate lies."""
     return str(Path(input.certificate).parent)
 
 

@@ -9,16 +9,6 @@ PLOTTING = [
     "workflow/lib/results.py",
     "workflow/lib/stats.py",
 ]
-RULES_FOLDER = Path(workflow.current_basedir)
-
-
-def has_rules(experiment):
-    """Whether this experiment is part of the pipeline: its rules are there."""
-    return (RULES_FOLDER / f"{experiment}.smk").exists()
-
-
-def result_files(experiment, systems):
-    return [f"results/{RUN}/{experiment}/{system}.json" for system in systems]
 
 
 rule fig5:
