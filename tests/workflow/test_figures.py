@@ -148,9 +148,16 @@ def test_watermarks_say_what_a_figure_is_not(
     assert any("input " in words for words in written)
 
 
-def test_no_certificate_is_uncertified(run: Maker):
-    (run.folder / "certificate.json").unlink()
-    assert not fig5.read_certificate(run.folder / "certificate.json").ok
+def test_no_certificate_and_another_machines_certify_nothing(run: Maker):
+    run.streaming()
+    result = fig5.read_folder(run.folder / "streaming", ["djinn_resident"])[0]
+    path = run.folder / "certificate.json"
+    assert fig5.read_certificate(path).covers(result)
+    run.machine_id = "machine-2"
+    run.certificate()
+    assert not fig5.read_certificate(path).covers(result)
+    path.unlink()
+    assert not fig5.read_certificate(path).covers(result)
 
 
 def test_the_report_keeps_the_groups_apart_and_names_what_failed(run: Maker):

@@ -233,8 +233,8 @@ def applies(holds_for: Mapping[str, str], used: Mapping[str, ResultFile], certif
         assert_comparable(result.data for result in used.values())
     except ResultError as error:
         raise Undecided(INCONCLUSIVE, str(error)) from error
-    if "gpu" in holds_for and not certificate.ok:
-        raise Undecided(INCONCLUSIVE, f"the machine's certificate: {certificate.verdict}")
+    if "gpu" in holds_for and not certificate.covers(first):
+        raise Undecided(INCONCLUSIVE, f"this machine's certificate: {certificate.verdict}, of {certificate.machine_id}")
 
 
 def judge_check(claim: Mapping[str, Any], node: Mapping[str, Any], variables: dict[str, Any], files: Evaluator) -> Case:

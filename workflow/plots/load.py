@@ -153,14 +153,15 @@ def read_folder(folder: str | Path, systems: Sequence[str]) -> list[ResultFile]:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What certify said of the machine: `verdict` is pass, warn, fail or missing."""
+    """What certify said, and of which machine: `verdict` is pass, warn, fail or missing."""
 
     path: Path
     verdict: str
+    machine_id: str | None = None
 
-    @property
-    def ok(self) -> bool:
-        return self.verdict in ("pass", "warn")
+    def covers(self, result: ResultFile) -> bool:
+        """Whether the machine of this result is certified. A certificate of another machine certifies nothing."""
+        return self.verdict in ("pass", "warn") and self.machine_id == result.data["machine"]["id"]
 
 
 def read_certificate(path: str | Path) -> Certificate:
@@ -168,11 +169,8 @@ def read_certificate(path: str | Path) -> Certificate:
     path = Path(path)
     if not path.exists():
         return Certificate(path, "missing")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ResultError(f"{path} is not JSON ({error}): delete it and run `snakemake {path}`") from error
-    return Certificate(path, str(data.get("verdict", "fail")).lower())
+    data = read_result(path, "certificate")
+    return Certificate(path, data["verdict"], data["machine"]["id"])
 
 
 def digest(paths: Iterable[str | Path]) -> str:

@@ -144,7 +144,7 @@ def finish(fig: Figure, results: Sequence[ResultFile], certificate: Certificate,
     footer = f"{machine_line(results)} · input {digest(inputs)}"
     fig.text(0.005, 0.004, footer, fontsize=4.5, color=PALE, ha="left", va="bottom")
     marks = []
-    if not certificate.ok:
+    if not all(certificate.covers(result) for result in results):
         marks.append("uncertified")
     if any(result.gpu is None for result in results):
         marks.append("emulated device")
