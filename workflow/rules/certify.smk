@@ -4,6 +4,8 @@ rule certify:
         f"results/{RUN}/certificate.json",
 
 
+# Rules that measure take the certificate as a plain input. As `ancient(...)` it would lose them: Snakemake 9.27 drops a
+# job, its outputs missing or not, when the job behind its ancient input has to run.
 rule certificate:
     """What the machine's links, host memory and disk can do, with a verdict per line."""
     input:
