@@ -10,11 +10,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tests.workflow.synthetic import Maker
+from tests.workflow.synthetic import LAYERS, Maker
 from workflow.lib.results import ResultError
-from workflow.lib.systems import STREAMING_GROUPS
-from workflow.plots import fig5
-from workflow.scripts import report
+from workflow.lib.systems import PRESSURE_SYSTEMS, RESUME_METHODS, STREAMING_GROUPS
+from workflow.plots import fig5, fig6, fig7, table1
+from workflow.scripts import memory_breakdown, publish, report
 
 REPOSITORY = Path(__file__).parents[2]
 PLOTS = sorted((REPOSITORY / "workflow/plots").glob("*.py"))
@@ -169,3 +169,157 @@ def test_the_report_keeps_the_groups_apart_and_names_what_failed(run: Maker):
     assert "libaio is not installed" in nothing
     assert "| PASS |" in filled
     assert len(rows) == 10 * len(report.COLUMNS)
+
+
+def test_fig6_shows_every_system_and_where_eager_stopped(run: Maker, tmp_path: Path):
+    run.pressure()
+    _, table = drawn(fig6, run, tmp_path)
+    assert set(table["system"]) == set(PRESSURE_SYSTEMS)
+    eager = table[table["system"] == "eager"]
+    assert set(eager["status"]) == {"out_of_memory"}
+    assert 0 < eager["sessions"].max() < 50
+    assert set(table["source"].dropna()) == {"nvml"}
+    djinn = table[(table["system"] == "djinn") & table["device_bytes"].notna()]
+    assert djinn["sessions"].max() == 50
+    assert djinn["device_bytes"].max() <= 80_000_000_000
+    missing = table[table["method"] == "manual_offload_pinned"]
+    assert missing["device_bytes"].isna().all()
+
+
+def test_fig6_reads_the_ledger_where_there_is_no_gpu(tmp_path: Path):
+    maker = Maker(tmp_path / "cpu", gpu=None, run="cpu")
+    maker.certificate()
+    maker.pressure(sessions=8, cap=30_000_000_000)
+    _, table = drawn(fig6, maker, tmp_path)
+    assert set(table["source"].dropna()) == {"ledger"}
+
+
+def test_fig7_reads_each_method_from_its_own_file(run: Maker, tmp_path: Path):
+    run.resume()
+    result = run.result("resume", "eager")
+    result.sample("ready_ms", 123.0, "ms", layer=1, state="S", method="eager")
+    run.write(result)
+    _, table = drawn(fig7, run, tmp_path)
+    row = table[(table["method"] == "eager") & (table["metric"] == "ready_ms")]
+    assert list(row["median"]) == [123.0]
+    djinn = table[(table["method"] == "djinn") & (table["metric"] == "next_logits_ms")]
+    assert sorted(djinn["layer"]) == list(LAYERS)
+
+
+def test_fig7_keeps_a_method_that_failed(run: Maker, tmp_path: Path):
+    run.resume()
+    result = run.result("resume", "recompute")
+    result.fail("failed", "as the test wants")
+    run.write(result)
+    _, table = drawn(fig7, run, tmp_path)
+    assert list(table[table["method"] == "recompute"]["status"]) == ["failed"]
+
+
+METHOD_SOURCE = """
+class Base:
+    name = "base"
+
+    def pause(self):
+        # user-code begin
+        a = 1
+
+        # a remark
+        b = 2
+        # user-code end
+
+    def resume(self):
+        # user-code begin
+        c = 3
+        # user-code end
+        return c
+
+
+class Better(Base):
+    name = "better"
+
+    def resume(self):
+        d = 0
+        # user-code begin
+        e = 1
+        f = 2
+        g = 3
+        # user-code end
+"""
+
+
+def test_user_code_is_counted_in_the_source_with_what_is_inherited(tmp_path: Path):
+    (tmp_path / "methods.py").write_text(METHOD_SOURCE)
+    assert table1.user_lines(tmp_path) == {"base": 3, "better": 5}
+    (tmp_path / "methods.py").write_text(
+        METHOD_SOURCE.replace("        # user-code end\n        return", "        return")
+    )
+    with pytest.raises(ResultError, match="without its partner"):
+        table1.user_lines(tmp_path)
+
+
+def test_table1_counts_the_real_methods():
+    counted = table1.user_lines(table1.METHODS_FOLDER)
+    assert set(RESUME_METHODS) <= set(counted)
+    assert all(counted[method] > 0 for method in RESUME_METHODS)
+
+
+def test_table1_says_not_run_where_there_is_no_pressure_run(run: Maker, tmp_path: Path):
+    run.resume()
+    out = tmp_path / "table1.md"
+    table1.draw(run.folder, out)
+    rows = pd.read_csv(out.with_suffix(".csv"))
+    assert list(rows["sessions"]) == ["not run"] * len(RESUME_METHODS)
+    run.pressure()
+    table1.draw(run.folder, out)
+    sessions = dict(pd.read_csv(out.with_suffix(".csv"))[["method", "sessions"]].itertuples(index=False))
+    assert sessions["Djinn"] == "50 of 50"
+    assert sessions["eager"].endswith("of 50")
+    assert sessions["eager"] != "50 of 50"
+    assert r"\begin{tabular}" in out.with_suffix(".tex").read_text()
+
+
+def test_the_breakdown_adds_up_at_the_peak(run: Maker):
+    run.pressure()
+    result = fig6.read_folder(run.folder / "pressure", ["djinn"])[0]
+    table = memory_breakdown.breakdown(result)
+    assert table["peak_bytes"].sum() == result.values("device_bytes", {"source": "ledger"}).max()
+    assert "resident weights" in memory_breakdown.markdown(table, result)
+
+
+def test_no_ledger_samples_are_no_breakdown(run: Maker):
+    run.streaming()
+    with pytest.raises(ResultError, match="ledger_bytes"):
+        memory_breakdown.breakdown(fig6.read_folder(run.folder / "streaming", ["djinn_resident"])[0])
+
+
+def test_publishing_copies_draws_and_judges(run: Maker, tmp_path: Path):
+    run.streaming()
+    run.resume()
+    target = tmp_path / "published/h200"
+    named = publish.publish(run.folder, target, replace=False, claims_path=REPOSITORY / "config/claims.yaml")
+    assert named == ["fig5.pdf", "fig7.pdf", "table1.md"]
+    assert (target / "streaming/djinn_resident.json").read_bytes() == (
+        run.folder / "streaming/djinn_resident.json"
+    ).read_bytes()
+    assert (target / "claims.md").exists()
+    with pytest.raises(ResultError, match="--replace"):
+        publish.publish(run.folder, target, replace=False, claims_path=REPOSITORY / "config/claims.yaml")
+    assert [path.name for path in target.parent.iterdir()] == ["h200"]
+
+
+@pytest.mark.parametrize("fault", ["dirty", "kind", "certificate", "empty"])
+def test_publishing_refuses_what_cannot_stand(run: Maker, tmp_path: Path, fault: str):
+    said = {"dirty": "uncommitted", "kind": r"machine\.kind\.gpu", "certificate": "certify", "empty": "no result"}
+    if fault != "empty":
+        run.streaming()
+    if fault == "certificate":
+        run.certificate("fail")
+    run.dirty, run.gpu = fault == "dirty", "NVIDIA L4" if fault == "kind" else run.gpu
+    if fault in ("dirty", "kind"):
+        result = run.result("resume", "eager")
+        result.sample("ready_ms", 1.0, "ms")
+        run.write(result)
+    target = tmp_path / "published/h200"
+    with pytest.raises(ResultError, match=said[fault]):
+        publish.publish(run.folder, target, replace=False)
+    assert not target.exists()

@@ -116,7 +116,7 @@ def draw(results_dir: Path, out: Path, csv: Path) -> None:
     table = collect(results)
     djinn = next(result for result in results if result.system == "djinn")
     fig, (left, right) = plt.subplots(1, 2, figsize=(style.PAGE_IN, 2.8), sharey=True)
-    fig.subplots_adjust(left=0.07, right=0.99, top=0.77, bottom=0.17, wspace=0.08)
+    fig.subplots_adjust(left=0.07, right=0.99, top=0.81, bottom=0.17, wspace=0.08)
     by_sessions(left, table, dict(djinn.config))
     by_time(right, table, dict(djinn.config))
     for axes in (left, right):
