@@ -10,10 +10,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from djinn_core.certify import LinkBench, opened
 from workflow.lib.harness import Experiment, Outcome
 from workflow.lib.results import Result, summary_of
 from workflow.scripts.streaming_systems import measure, resident
-from workflow.scripts.streaming_systems.base import CopiesToDevice, Loaded, source_of, stock_model, weight_bytes
+from workflow.scripts.streaming_systems.base import (
+    CopiesToDevice,
+    Loaded,
+    computed_buffers,
+    set_buffers,
+    source_of,
+    stock_model,
+    weight_bytes,
+)
 
 CONFIG = {
     "model": {"name": "tiny-llama", "path": None, "seed": 0},
@@ -192,3 +201,20 @@ def test_a_failed_trace_is_reported_and_costs_nothing(exp, caplog) -> None:
         streaming.note(exp, SimpleNamespace(running=True, failure="dmon ended", peak=lambda *_: None))
     assert exp.result.checks["dmon_traced"]["passed"] is False and exp.result.status == "ok"
     assert "dmon ended" in caplog.text
+
+
+def test_buffers_are_computed_without_memory_for_weights(model) -> None:
+    source = source_of(CONFIG)
+    buffers = computed_buffers(source, "cpu")
+    assert set(buffers) == {name for name, _ in model.named_buffers()}
+    other = stock_model(source, "cpu")
+    for buffer in other.buffers():
+        buffer.zero_()
+    set_buffers(other, buffers)
+    assert all(torch.equal(a, b) for a, b in zip(other.buffers(), model.buffers(), strict=True))
+
+
+def test_the_probe_measures_what_it_copies() -> None:
+    with opened("cpu", 1 << 20) as device, LinkBench(device, 1 << 20, pinning="optional") as bench:
+        assert measure.back_to_back_gbps(bench, 4) > 0
+        assert device.copied.h2d_bytes == 4 << 20

@@ -143,8 +143,8 @@ class PcieCounters:
             handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
             if pynvml.nvmlGpmQueryDeviceSupport(handle).isSupportedDevice:
                 return cls(handle)
-        except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_FunctionNotFound):
-            pass  # a card before Hopper, or a driver without GPM
+        except pynvml.NVMLError:
+            pass  # a card before Hopper, a driver without GPM, or one that does not let us
         pynvml.nvmlShutdown()
         return None
 

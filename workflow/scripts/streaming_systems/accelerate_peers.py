@@ -12,7 +12,15 @@ import accelerate
 import torch
 
 from workflow.lib.harness import Experiment
-from workflow.scripts.streaming_systems.base import Loaded, cap_torch, released, source_of, stock_model
+from workflow.scripts.streaming_systems.base import (
+    Loaded,
+    cap_torch,
+    computed_buffers,
+    released,
+    set_buffers,
+    source_of,
+    stock_model,
+)
 
 FILLED = "each tensor read into the model's own memory on the host, then Accelerate's hooks attached"
 
@@ -22,7 +30,7 @@ def cpu_offload(exp: Experiment) -> Iterator[Loaded]:
     """Every parameter on the host, copied to the device by each module's hook and dropped after it."""
     cap_torch(exp)
     with released():
-        model = stock_model(source_of(exp.config), "cpu")
+        model = host_model(exp)
         streamed_bytes = parameter_bytes(model)
         accelerate.cpu_offload(model, execution_device=torch.device(exp.device))
         settings = {"function": "accelerate.cpu_offload", "offload_buffers": False}
@@ -37,7 +45,7 @@ def device_map(exp: Experiment) -> Iterator[Loaded]:
     """
     allowed_bytes = cap_torch(exp)
     with released(), tempfile.TemporaryDirectory(prefix="accelerate-offload-") as folder:
-        model = stock_model(source_of(exp.config), "cpu")
+        model = host_model(exp)
         room_bytes = (exp.config["cap_bytes"] if allowed_bytes is None else allowed_bytes) - activation_bytes(exp)
         main, below = (0, "cpu") if exp.is_gpu else ("cpu", "disk")
         limits = {main: room_bytes} | ({"cpu": 1 << 60} if exp.is_gpu else {})
@@ -55,6 +63,14 @@ def device_map(exp: Experiment) -> Iterator[Loaded]:
             "device_map": {name: str(where) for name, where in placed.items()},
         }
         yield Loaded(model, torch.device(exp.device), FILLED, streamed_bytes, settings=settings)
+
+
+def host_model(exp: Experiment) -> Any:
+    """The stock model in pageable host memory, as Accelerate's users have it."""
+    source = source_of(exp.config)
+    model = stock_model(source, "cpu")
+    set_buffers(model, computed_buffers(source, exp.device))
+    return model
 
 
 def activation_bytes(exp: Experiment) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from djinn_core import machine
 from djinn_core.context import MARGIN_BYTES
 from djinn_core.models.source import WeightSource, open_source
 from djinn_core.models.stack import bind, build_meta_model
@@ -93,6 +94,32 @@ def stock_model(source: WeightSource, device: str | torch.device) -> Any:
     return model
 
 
+def computed_buffers(source: WeightSource, device: str | torch.device) -> dict[str, torch.Tensor]:
+    """The buffers that no checkpoint holds (rotary frequencies), computed on `device` as the reference's are.
+
+    A power computed on the host may differ from the device's in its last bit, and with it every logit.
+    """
+    model = build_meta_model(source.config, source.dtype)
+    tensors = {}
+    for name in source.names():
+        shape, dtype = source.meta(name)
+        tensors[name] = torch.empty((), dtype=dtype, device=device).expand(shape)  # a shape without memory
+    bind(model, tensors)
+    computed = {}
+    for path, module in model.named_modules():
+        for leaf in sorted(module._non_persistent_buffers_set):
+            computed[f"{path}.{leaf}" if path else leaf] = module._buffers[leaf]
+    return computed
+
+
+def set_buffers(model: torch.nn.Module, buffers: dict[str, torch.Tensor]) -> None:
+    """Put `buffers` into `model`, each on the device on which the model's own was."""
+    for name, buffer in buffers.items():
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        owner._buffers[leaf] = buffer.to(owner._buffers[leaf].device)
+
+
 def usable_bytes(exp: Experiment) -> int:
     """The cap, less the probe's two buffers, which stand beside every system alike between its runs."""
     return exp.config["cap_bytes"] - (2 * PROBE_BYTES if exp.is_gpu else 0)
@@ -108,16 +135,16 @@ def cap_torch(exp: Experiment) -> int | None:
     """
     if not exp.is_gpu:
         return None
-    torch.cuda.init()
     torch.zeros(1, device=exp.device)
     torch.cuda.synchronize()
-    free_bytes, total_bytes = torch.cuda.mem_get_info()
-    outside_bytes = total_bytes - free_bytes - (exp.baseline_bytes or 0) - torch.cuda.memory_reserved()
+    used_bytes = machine.device_used_bytes(machine.gpu_uuid())
+    outside_bytes = used_bytes - exp.baseline_bytes - torch.cuda.memory_reserved()
     allowed_bytes = usable_bytes(exp) - outside_bytes - MARGIN_BYTES
     if allowed_bytes <= 0:
         raise Outcome(
             "out_of_memory", f"the context alone takes {outside_bytes:,} bytes of {exp.config['cap_bytes']:,}"
         )
+    total_bytes = torch.cuda.get_device_properties(exp.device).total_memory
     torch.cuda.set_per_process_memory_fraction(allowed_bytes / total_bytes)
     return allowed_bytes
 

@@ -29,7 +29,15 @@ from djinn_core.errors import UnsupportedModel
 from djinn_core.models.source import WeightSource
 from workflow.lib.config import CONFIG
 from workflow.lib.harness import Experiment, Outcome
-from workflow.scripts.streaming_systems.base import Loaded, cap_torch, released, source_of, weight_bytes
+from workflow.scripts.streaming_systems.base import (
+    Loaded,
+    cap_torch,
+    computed_buffers,
+    released,
+    set_buffers,
+    source_of,
+    weight_bytes,
+)
 
 GRID = CONFIG / "deepspeed_grid.yaml"
 HALF_SECTIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -173,7 +181,7 @@ def engine(exp: Experiment, model: Any, source: WeightSource, zero: dict[str, An
     """DeepSpeed's engine over a partitioned model; afterwards the model can have another one."""
     ready = deepspeed.initialize(model=model, config=ds_config(source.dtype, zero))[0]
     ready.module.eval()
-    restore_buffers(model, source)
+    set_buffers(model, computed_buffers(source, exp.device))  # DeepSpeed casts every buffer that it sees made
     cap_torch(exp)  # again: the communicator lies outside torch's allocator
     try:
         yield ready
@@ -183,19 +191,6 @@ def engine(exp: Experiment, model: Any, source: WeightSource, zero: dict[str, An
             parameter.ds_persist = False
             if parameter.ds_status.name == "AVAILABLE":
                 parameter.partition()
-
-
-def restore_buffers(model: Any, source: WeightSource) -> None:
-    """Give the model its rotary frequencies back in their own precision: DeepSpeed casts every buffer it sees made."""
-    config = type(source.config)(**(source.config.to_dict() | {"num_hidden_layers": 1}))
-    with no_init_weights():
-        true = dict(AutoModelForCausalLM.from_config(config, dtype=source.dtype).named_buffers())
-    for path, module in model.named_modules():
-        for leaf in sorted(module._non_persistent_buffers_set):
-            name = f"{path}.{leaf}" if path else leaf
-            if name not in true:
-                raise UnsupportedModel(f"{name}: the buffer that DeepSpeed changed cannot be rebuilt from one layer")
-            module._buffers[leaf] = true[name].to(module._buffers[leaf].device)
 
 
 def loaded(exp: Experiment, model: Any, ready: Any, how: str) -> Loaded:
