@@ -34,14 +34,35 @@ from djinn_core.errors import (
 
 if TYPE_CHECKING:
     from djinn_core.memory import Memory
-    from djinn_core.runtime import Runtime, load
+    from djinn_core.runtime import Runtime, load, load_session, open_session
+    from djinn_core.sessions import (
+        Ablate,
+        Add,
+        Breakpoint,
+        Checkpoint,
+        Edit,
+        Policy,
+        ProjectOut,
+        Replace,
+        Sampling,
+        Scale,
+        Session,
+        SessionInfo,
+        SessionState,
+        edits,
+    )
 
 __all__ = [
+    "Ablate",
+    "Add",
+    "Breakpoint",
     "BreakpointError",
     "CapacityError",
+    "Checkpoint",
     "ConfigError",
     "DeviceError",
     "DjinnError",
+    "Edit",
     "EditError",
     "IntegrityError",
     "Memory",
@@ -49,24 +70,51 @@ __all__ = [
     "OutOfDisk",
     "OutOfHostMemory",
     "PinningRefused",
+    "Policy",
+    "ProjectOut",
+    "Replace",
     "Runtime",
+    "Sampling",
+    "Scale",
+    "Session",
+    "SessionInfo",
+    "SessionState",
     "SessionStateError",
     "TransferError",
     "UnsupportedModel",
     "UsageError",
     "WeightsError",
+    "edits",
     "load",
+    "load_session",
+    "open_session",
 ]
 
 _HOMES = {
-    "Memory": "djinn_core.memory",
-    "Runtime": "djinn_core.runtime",
-    "load": "djinn_core.runtime",
+    "djinn_core.memory": ("Memory",),
+    "djinn_core.runtime": ("Runtime", "load", "load_session", "open_session"),
+    "djinn_core.sessions": (
+        "Ablate",
+        "Add",
+        "Breakpoint",
+        "Checkpoint",
+        "Edit",
+        "Policy",
+        "ProjectOut",
+        "Replace",
+        "Sampling",
+        "Scale",
+        "Session",
+        "SessionInfo",
+        "SessionState",
+        "edits",
+    ),
 }
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
+    home = _HOME_OF.get(name)
     if home is None:
         raise AttributeError(f"module 'djinn_core' has no attribute {name!r}")
     value = getattr(import_module(home), name)

@@ -73,11 +73,10 @@ class LoadedModel:
         return self.provider.last_pass
 
     def close(self) -> None:
-        """Give the weights' memory back. The model's parameters go to the meta device; it answers no more."""
+        """Give the weights' memory back. The parameters go to the meta device, and a pass raises SessionStateError."""
         if self.closed:
             return
         self.closed = True
-        boundary.uninstall(self._model)
         try:
             self.provider.close()
         finally:

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import threading
+from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,16 +27,21 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from djinn_core import context
 from djinn_core.device import open_device
-from djinn_core.errors import ConfigError, OutOfDeviceMemory, SessionStateError
+from djinn_core.errors import ConfigError, OutOfDeviceMemory, SessionStateError, UsageError
 from djinn_core.loading import load_model
 from djinn_core.memory import DiskTier, ExtentPool, HostTier, Ledger, Memory
 from djinn_core.memory.hostmapping import available_bytes
-from djinn_core.models.source import open_source
+from djinn_core.models import twin
+from djinn_core.models.checkpoint import CheckpointSource
+from djinn_core.models.seeded import SeededSource
+from djinn_core.models.source import WeightSource, open_source
+from djinn_core.proof import TwinRuns
 from djinn_core.turn import Turn
 from djinn_core.weights.plan import Residency
 
 if TYPE_CHECKING:
-    from djinn_core.sessions.policy import Policy
+    from djinn_core.sessions import Policy, Session, SessionInfo, Sessions
+    from djinn_core.sessions.pager import PagerEvent
 
 HOST_SHARE = 0.8  # of the memory that the machine has free, when host_bytes is not given
 DEVICE_SHARE = 0.9  # of the memory that the GPU has free, when budget_bytes is not given
@@ -97,7 +104,8 @@ class Runtime:
         self._models: dict[str, PreTrainedModel] = {}
         self._names = itertools.count(1)
         self._policy = policy
-        self._sessions: Any = None
+        self._sessions: Sessions | None = None
+        self._opening = threading.Lock()
         self._closed = False
         with ExitStack() as held:
             if device == "cpu":
@@ -168,7 +176,7 @@ class Runtime:
 
     def load(
         self,
-        source: str | Path | PretrainedConfig,
+        source: str | Path | PretrainedConfig | WeightSource,
         *,
         dtype: torch.dtype | str | None = None,
         resident_layers: Residency = "fill",
@@ -186,7 +194,7 @@ class Runtime:
 
         Args:
             source: a folder of safetensors, a hub id in the local cache, the name or JSON file of an architecture
-                (seeded random weights), or a config.
+                (seeded random weights), a config, or an open source, which has its own dtype and seed.
             dtype: of the weights; as stored by default.
             resident_layers: ``"fill"`` keeps what fits, ``"none"``, ``"all"``, or a number of layers.
             slots: of the ring; by default 4, or a near number at which addresses are stable.
@@ -204,7 +212,12 @@ class Runtime:
         """
         self._check_open()
         _check_sizes(keep_free_bytes=keep_free_bytes)
-        weights = open_source(source, dtype=dtype, seed=seed)
+        if isinstance(source, SeededSource | CheckpointSource):
+            weights: WeightSource = source
+        else:
+            weights = open_source(source, dtype=dtype, seed=seed)
+        if prove:
+            twin.prove(weights.config, weights.dtype, TwinRuns(_emulated))
         name = f"model {next(self._names)}"
         model = load_model(
             self,
@@ -220,22 +233,73 @@ class Runtime:
         return model
 
     def unload(self, model: PreTrainedModel) -> None:
-        """Give a model's memory back. Close its sessions first.
+        """Give a model's memory back. Sessions on it keep their state: save or close them.
 
         Raises:
-            SessionStateError: a session on it is open, or it is not this runtime's.
+            SessionStateError: it is not this runtime's.
         """
-        loaded = getattr(model, "djinn", None)
-        if loaded is None or self._models.get(loaded.name) is not model:
-            raise SessionStateError("the model is not loaded in this runtime (any more)")
+        self._check_loaded(model)
         with self.turn:
-            loaded.close()
-        del self._models[loaded.name]
+            model.djinn.close()
+        del self._models[model.djinn.name]
 
     @property
     def models(self) -> tuple[PreTrainedModel, ...]:
         """The models that are loaded."""
         return tuple(self._models.values())
+
+    # sessions
+
+    def open_session(self, model: PreTrainedModel, *, max_length: int, batch_size: int = 1) -> Session:
+        """A session on `model`, empty and RUNNING, that may become `max_length` tokens long.
+
+        Raises:
+            SessionStateError: the model is not loaded in this runtime.
+            UnsupportedModel: a layer keeps something other than keys and values.
+            OutOfDeviceMemory: device, host and disk together could not hold every open session at its longest.
+        """
+        self._check_loaded(model)
+        return self._opened().open(model, max_length=max_length, batch_size=batch_size)
+
+    def load_session(self, folder: str | Path, model: PreTrainedModel) -> Session:
+        """A session that was saved to `folder`, on the same model; it is paused.
+
+        Raises:
+            IntegrityError: the folder is damaged, or belongs to another model.
+        """
+        from djinn_core.sessions.snapshot import load_session
+
+        self._check_loaded(model)
+        return load_session(folder, model, self._opened())
+
+    def sessions(self) -> tuple[SessionInfo, ...]:
+        """Every open session now: its state, and where its memory is."""
+        return () if self._sessions is None else self._sessions.infos()
+
+    @property
+    def events(self) -> deque[PagerEvent]:
+        """What the pager did, oldest first."""
+        return self._opened().pager.events
+
+    def evict(self, session: Session) -> bool:
+        """Take a paused session's device memory now, as pressure would; False when it is not clean yet."""
+        return self._opened().pager.evict(session._holding)
+
+    def _opened(self) -> Sessions:
+        """The sessions room, opened when first needed."""
+        self._check_open()
+        with self._opening:
+            if self._sessions is None:
+                from djinn_core.sessions import Sessions
+
+                self._sessions = Sessions(self.device, self.pool, self.host, self.disk, self._policy)
+        return self._sessions
+
+    def _check_loaded(self, model: PreTrainedModel) -> None:
+        self._check_open()
+        loaded = getattr(model, "djinn", None)
+        if loaded is None or self._models.get(loaded.name) is not model:
+            raise SessionStateError("the model is not loaded in this runtime (any more); load it here first")
 
     # everyone
 
@@ -248,11 +312,13 @@ class Runtime:
         """Close sessions, unload models, and give all memory back. Twice is once."""
         if self._closed:
             return
-        with self.turn:
+        with self.turn, ExitStack() as ending:
+            ending.callback(self._held.close)
+            ending.callback(setattr, self, "_closed", True)
             for model in self.models:
-                self.unload(model)
-            self._closed = True
-            self._held.close()
+                ending.callback(self.unload, model)
+            if self._sessions is not None:
+                ending.callback(self._sessions.close)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -271,6 +337,28 @@ def _check_sizes(**sizes: int | None) -> None:
     for name, size in sizes.items():
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
             raise ConfigError(f"{name} is {size!r}; it is a number of bytes, a whole number from 0")
+
+
+def open_session(model: PreTrainedModel, *, max_length: int, batch_size: int = 1) -> Session:
+    """`Runtime.open_session` of the runtime in which `model` is loaded."""
+    return _runtime_of(model).open_session(model, max_length=max_length, batch_size=batch_size)
+
+
+def load_session(folder: str | Path, model: PreTrainedModel) -> Session:
+    """`Runtime.load_session` of the runtime in which `model` is loaded."""
+    return _runtime_of(model).load_session(folder, model)
+
+
+def _runtime_of(model: PreTrainedModel) -> Runtime:
+    loaded = getattr(model, "djinn", None)
+    if loaded is None:
+        raise UsageError(f"{type(model).__name__} was not loaded by Djinn; use djinn.load, or Runtime.load")
+    return loaded.runtime
+
+
+def _emulated(size_bytes: int) -> Runtime:
+    """A small runtime for a twin."""
+    return Runtime("cpu", budget_bytes=size_bytes, host_bytes=size_bytes)
 
 
 def load(source: str | Path | PretrainedConfig, *, device: str = "auto", **settings: Any) -> PreTrainedModel:

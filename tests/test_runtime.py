@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
+import djinn_core as djinn
 from djinn_core.device.faults import FaultPlan
 from djinn_core.errors import (
     ConfigError,
@@ -14,11 +15,13 @@ from djinn_core.errors import (
     OutOfHostMemory,
     PinningRefused,
     SessionStateError,
+    UnsupportedModel,
     UsageError,
 )
 from djinn_core.models.export import fill_model
 from djinn_core.models.source import open_source
 from djinn_core.runtime import Runtime
+from djinn_core.weights.streamer import Streamer
 
 MIB = 1 << 20
 LLAMA = LlamaConfig(
@@ -179,6 +182,55 @@ def test_a_pass_that_fails_leaves_the_model_right():
 
 def fail(*_):
     raise ValueError("boom")
+
+
+def test_sessions_work_on_a_streamed_model():
+    want = answers(stock(LLAMA, torch.float32))[1]
+    with Runtime("cpu", budget_bytes=6 * MIB, **HOST) as runtime:
+        model = runtime.load(LLAMA, dtype="float32", resident_layers="none", slots=3)
+        with runtime.open_session(model, max_length=32, batch_size=2) as session:
+            session.forward(IDS, MASK, stop_after=4)
+            session.pause(release=True)
+            session.wait_until("released", 30)
+            assert runtime.memory().kv_bytes == 0
+            before = model.djinn.executed
+            session.resume()
+            ran = [after - b for after, b in zip(model.djinn.executed, before, strict=True)]
+            assert ran == [0] * 4 + [1] * 6
+            assert [info.id for info in runtime.sessions()] == [session.id]
+            assert torch.equal(session.generate(6), want[:, IDS.shape[1] :])
+        assert runtime.sessions() == ()
+
+
+def test_a_model_of_someone_else_opens_no_session():
+    with pytest.raises(UsageError, match="not loaded by Djinn"):
+        djinn.open_session(stock(LLAMA, torch.float32), max_length=8)
+
+
+def test_load_makes_a_runtime_of_its_own():
+    model = djinn.load(LLAMA, dtype="float32", device="cpu", budget_bytes=4 * MIB, **HOST)
+    try:
+        assert all(map(torch.equal, answers(model), answers(stock(LLAMA, torch.float32))))
+    finally:
+        model.djinn.runtime.close()
+    with pytest.raises(SessionStateError, match="unloaded"):
+        answers(model)
+    with pytest.raises(ConfigError, match="does not know budget"):
+        djinn.load(LLAMA, device="cpu", budget=4 * MIB)
+
+
+def test_a_model_that_its_twin_cannot_prove_is_refused_before_any_copy(monkeypatch):
+    monkeypatch.setattr("djinn_core.models.twin._verdicts", {})
+    monkeypatch.setattr("djinn_core.weights.streamer.Streamer._copy_list", first_block_twice(Streamer._copy_list))
+    with Runtime("cpu", budget_bytes=4 * MIB, **HOST) as runtime:
+        with pytest.raises(UnsupportedModel, match="two-layer twin, streamed"):
+            runtime.load(LLAMA, dtype="float32")
+        assert runtime.device.copied.h2d_bytes == runtime.device.used_bytes() == 0
+
+
+def first_block_twice(original):
+    """A streamer that brings the first layer's block for the second layer too; byte counts are as planned."""
+    return lambda self, layer, slot: original(self, 0 if layer == 1 else layer, slot)
 
 
 def test_swapped_blocks_show_in_the_logits():

@@ -102,8 +102,7 @@ class Boundary:
         self.provider = provider
         self.executed = [0] * len(layers)
         self.arity = _ARITY.get(type(layers[0]), _declared_arity(layers[0]))
-        self._decoder = decoder
-        self._layers = layers
+        self._layer_class = type(layers[0])
         self._turn = turn
         self._count = len(layers)
         self._control: PassControl | None = None
@@ -111,11 +110,6 @@ class Boundary:
         decoder.forward = self._wrap_decoder(decoder.forward)
         for index, layer in enumerate(layers):
             layer.forward = self._wrap_layer(index, layer.forward)
-
-    def uninstall(self) -> None:
-        """Take the wrappers off again; the model's classes answer as before."""
-        for module in (self._decoder, *self._layers):
-            vars(module).pop("forward", None)
 
     def _wrap_decoder(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -182,7 +176,7 @@ class Boundary:
             control = self._control
             out = run(args, kwargs) if control is None else controlled(control, args, kwargs)
             if self.arity is None:
-                self.arity = _ARITY[type(self._layers[0])] = len(out) if type(out) is tuple else 0
+                self.arity = _ARITY[self._layer_class] = len(out) if type(out) is tuple else 0
             if provider.inference_only and (out[0] if type(out) is tuple else out).requires_grad:
                 raise UsageError(
                     f"layer {index} ran with gradients, and its weights are streamed: a backward pass would read "
@@ -226,12 +220,6 @@ def install(
     boundary = Boundary(stack.decoder, stack.layers, provider, turn)
     model._djinn_boundary = boundary
     return boundary
-
-
-def uninstall(model: nn.Module) -> None:
-    """Undo `install`."""
-    model._djinn_boundary.uninstall()
-    del model._djinn_boundary
 
 
 def executed_layers(model: nn.Module) -> tuple[int, ...]:

@@ -93,7 +93,7 @@ class Streamer:
     def begin_pass(self, first_layer: int) -> None:
         """Begin a pass that enters at `first_layer`: aim the ring there and fill what is missing."""
         if self._closed:
-            raise SessionStateError("the model's runtime was closed and its weights are gone; load it again")
+            raise SessionStateError("the model was unloaded and its weights are gone; load it again")
         index = next((i for i, layer in enumerate(self.plan.streamed) if layer >= first_layer), None)
         self._count = PassCount(first_layer)
         if index is None:
