@@ -106,6 +106,19 @@ def test_a_bug_writes_nothing(tmp_path: Path) -> None:
     assert "a bug" in (tmp_path / "log").read_text()
 
 
+@pytest.mark.parametrize("first", [SystemExit(143), KeyboardInterrupt(), KeyError("a bug")])
+def test_an_error_of_the_cleanup_hides_nothing(first: BaseException, tmp_path: Path) -> None:
+    def body(exp: harness.Experiment) -> None:
+        try:
+            raise first
+        finally:
+            raise WeightsError("what the cleanup said")
+
+    with pytest.raises(WeightsError):
+        run(tmp_path, body)
+    assert not list(tmp_path.glob("streaming/*"))
+
+
 @pytest.mark.parametrize(("after", "status"), [(49.1, "ok"), (48.9, "inconclusive"), (51.1, "inconclusive")])
 def test_a_link_that_drifts_makes_it_inconclusive(after: float, status: str, tmp_path: Path) -> None:
     rates = [STEADY, STEADY | {"h2d_gbps": after}]

@@ -168,12 +168,13 @@ def experiment(
         try:
             yield exp
         except BaseException as error:
-            status = status_of(error)
+            first = origin(error)
+            status = status_of(first)
             if status is None:
-                log.exception("%s/%s failed on an error that nobody foresaw: no file", experiment, system)
+                log.exception("%s/%s was interrupted, or failed on a bug: no file", experiment, system)
                 raise
-            log.warning("%s: %s", status, error)
-            result.fail(status, f"{type(error).__name__}: {error}")
+            log.warning("%s: %s", status, first, exc_info=error)
+            result.fail(status, f"{type(first).__name__}: {first}")
             traceback.clear_frames(error.__traceback__)  # their tensors would stand in the way of the next measurement
         took_s = time.monotonic() - began_s
         give_back_memory(device)
@@ -242,6 +243,13 @@ def equal_conditions(config: dict[str, Any]) -> None:
         "memory_efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
         "math": torch.backends.cuda.math_sdp_enabled(),
     }
+
+
+def origin(error: BaseException) -> BaseException:
+    """What went wrong first: an error raised while another one was on its way out tells the end of the story only."""
+    while error.__cause__ is None and error.__context__ is not None and not error.__suppress_context__:
+        error = error.__context__
+    return error
 
 
 def status_of(error: BaseException) -> str | None:
