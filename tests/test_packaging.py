@@ -46,6 +46,7 @@ def test_the_package_admits_what_the_lock_pins(group: str) -> None:
 
 def test_every_environment_of_a_rule_exists() -> None:
     rules = list((ROOT / "workflow" / "rules").glob("*.smk"))
+    assert rules
     for rule in rules:
         for name in re.findall(r'conda:\s*"([^"]+)"', rule.read_text()):
             assert (rule.parent / name).resolve() in CONDA, f"{rule.name} names {name}"
