@@ -138,7 +138,7 @@ class Maker:
         ready_ms = ready.get(method, link * RATE / 7 if "pageable" in method else link)
         logits_ms = max(rest, link) + 0.4 if hides else ready_ms + rest
         where = {"layer": layer, "state": state, "method": method}
-        for _ in range(10):
+        for _ in range(6):
             result.sample("ready_ms", self.jitter(ready_ms), "ms", **where)
             result.sample("next_logits_ms", self.jitter(logits_ms), "ms", **where)
             result.sample("state_bytes", size, "bytes", **where)

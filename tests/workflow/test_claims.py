@@ -89,6 +89,20 @@ def test_paired_ratios_are_taken_row_by_row(run: Maker):
     assert claims.judge_all([claim], run.folder)[0].verdict == INCONCLUSIVE
 
 
+def test_a_slope_is_that_of_the_samples(run: Maker):
+    result = run.result("resume", "djinn_a")
+    for layer in (1, 2, 3, 4):
+        result.sample("ready_ms", 5.0 + 0.25 * layer, "ms", layer=layer)
+    run.write(result)
+    sampled = {"system": "djinn_a", "metric": "ready_ms"}
+    claim = pair(run, [1.0], [1.0], experiment="resume", value={"slope": sampled, "by": "layer"}, bound=0.3)
+    case = claims.judge_all([claim], run.folder)[0].deciding
+    assert case.verdict == PASS
+    assert case.value == pytest.approx(0.25)
+    claim["value"]["by"] = "depth"
+    assert claims.judge_all([claim], run.folder)[0].verdict == NOT_RUN
+
+
 def test_warmups_do_not_count(run: Maker):
     claim = pair(run, [1.0, 1.0], [1.0, 1.0])
     result = run.result("streaming", "djinn_a")

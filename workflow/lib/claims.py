@@ -8,6 +8,7 @@ bound.
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections.abc import Iterable, Mapping
@@ -34,12 +35,12 @@ COMPARATORS = {
     "is": operator.eq,
 }
 STATS = {
-    "median": np.median,
-    "mean": np.mean,
-    "p95": lambda values: np.percentile(values, 95),
-    "p99": lambda values: np.percentile(values, 99),
-    "min": np.min,
-    "max": np.max,
+    "median": lambda values: np.median(values, axis=-1),
+    "mean": lambda values: np.mean(values, axis=-1),
+    "p95": lambda values: np.percentile(values, 95, axis=-1),
+    "p99": lambda values: np.percentile(values, 99, axis=-1),
+    "min": lambda values: np.min(values, axis=-1),
+    "max": lambda values: np.max(values, axis=-1),
 }
 EXTREMES = ("min", "max")
 RESAMPLES = 1000
@@ -92,7 +93,7 @@ class Judged:
 
 
 class Evaluator:
-    """Computes expressions over one experiment's files; while `generator` is set, from resampled values."""
+    """Computes expressions over one experiment's files: one number, or while `generator` is set one per resample."""
 
     def __init__(self, files: Mapping[str, ResultFile]) -> None:
         self.files = files
@@ -115,7 +116,7 @@ class Evaluator:
         broken = result.status in ("failed", "out_of_memory") and system.startswith("djinn")
         raise Undecided(FAIL if broken else INCONCLUSIVE, told)
 
-    def value(self, node: Any) -> float:
+    def value(self, node: Any) -> float | np.ndarray:
         if isinstance(node, int | float):
             return float(node)
         if "ratio" in node:
@@ -124,18 +125,17 @@ class Evaluator:
             first, second = (self.value(item) for item in node["difference"])
             return first - second
         if "product" in node:
-            return float(np.prod([self.value(item) for item in node["product"]]))
+            return functools.reduce(operator.mul, [self.value(item) for item in node["product"]])
         if "magnitude" in node:
             return abs(self.value(node["magnitude"]))
         if "slope" in node:
             return self.slope(node["slope"], node["by"])
         result = self.measured(node["system"])
         if "metric" in node:
-            return float(STATS[node.get("stat", "median")](self.draw(self.samples(node))))
+            return STATS[node.get("stat", "median")](self.draw(self.samples(node)))
         kind = next(name for name in ("limit", "config", "weights") if name in node)
-        found = {"limit": result.limit, "config": result.config.get, "weights": result.data["weights"].get}[kind](
-            node[kind]
-        )
+        stated = {"limit": result.limit, "config": result.config.get, "weights": result.data["weights"].get}
+        found = stated[kind](node[kind])
         if found is None:
             raise Undecided(NOT_RUN, f"{result.path.name} has no {kind} {node[kind]}")
         return float(found)
@@ -154,35 +154,35 @@ class Evaluator:
         return values
 
     def draw(self, values: np.ndarray) -> np.ndarray:
-        return values if self.generator is None else self.generator.choice(values, size=len(values))
+        """The values [n], or as many resamples of them [RESAMPLES, n]; rows of a 2D array stay together."""
+        if self.generator is None:
+            return values
+        return values[self.generator.integers(0, len(values), size=(RESAMPLES, len(values)))]
 
     @staticmethod
-    def quotient(top: float, bottom: float) -> float:
-        if bottom == 0:
-            raise Undecided(INCONCLUSIVE, "the denominator is zero")
+    def quotient(top: float | np.ndarray, bottom: float | np.ndarray) -> float | np.ndarray:
+        if not np.all(bottom):
+            raise Undecided(INCONCLUSIVE, "a denominator is zero")
         return top / bottom
 
-    def paired(self, node: Mapping[str, Any]) -> float:
+    def paired(self, node: Mapping[str, Any]) -> float | np.ndarray:
         """The median of the ratios of pairs: rows i of two interleaved methods were taken one after the other."""
         top, bottom = (self.samples(item) for item in node["ratio"])
         if len(top) != len(bottom):
             raise Undecided(INCONCLUSIVE, f"{len(top)} samples and {len(bottom)} are no pairs")
-        if not bottom.all():
-            raise Undecided(INCONCLUSIVE, "a denominator is zero")
-        return float(np.median(self.draw(top / bottom)))
+        return np.median(self.draw(self.quotient(top, bottom)), axis=-1)
 
-    def slope(self, node: Mapping[str, Any], by: str) -> float:
+    def slope(self, node: Mapping[str, Any], by: str) -> float | np.ndarray:
         """The least-squares slope of a metric over one of its dimensions, from every sample."""
         rows = self.rows(node)
         rows = rows[rows[by].notna()] if by in rows.columns else rows.iloc[0:0]
-        across, up = (rows[name].to_numpy(float) for name in (by, "value"))
-        if not len(across) or np.ptp(across) == 0:
+        points = rows.reindex(columns=[by, "value"]).to_numpy(float)
+        if not len(points) or np.ptp(points[:, 0]) == 0:
             raise Undecided(NOT_RUN, f"{node['system']}.json has no {node['metric']} at two values of {by}")
-        if self.generator is not None:
-            drawn = self.generator.integers(0, len(across), size=len(across))
-            across, up = across[drawn], up[drawn]
-        spread = across - across.mean()
-        return self.quotient(float(spread @ up), float(spread @ spread))
+        drawn = self.draw(points)
+        across, up = drawn[..., 0], drawn[..., 1]
+        spread = across - across.mean(axis=-1, keepdims=True)
+        return self.quotient((spread * up).sum(axis=-1), (spread * spread).sum(axis=-1))
 
 
 def load_files(names: Iterable[str], results_dir: Path) -> dict[str, ResultFile]:
@@ -207,7 +207,7 @@ def judge_case(
         if "check" in node:
             return judge_check(claim, node, variables, Evaluator(used))
         evaluator = Evaluator(used)
-        value = evaluator.value(node)
+        value = float(evaluator.value(node))
         low, high = interval(node, evaluator, claim["id"] + repr(variables))
     except Undecided as undecided:
         return Case(variables, undecided.verdict, undecided.reason)
@@ -259,7 +259,7 @@ def interval(node: Any, evaluator: Evaluator, label: str) -> tuple[float | None,
     if has_extreme(node):
         return None, None
     evaluator.generator = np.random.default_rng(seed_of(label))
-    values = [evaluator.value(node) for _ in range(RESAMPLES)]
+    values = np.atleast_1d(evaluator.value(node))
     return float(np.percentile(values, 2.5)), float(np.percentile(values, 97.5))
 
 
