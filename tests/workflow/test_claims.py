@@ -91,7 +91,7 @@ def test_paired_ratios_are_taken_row_by_row(run: Maker):
 
 def test_a_slope_is_that_of_the_samples(run: Maker):
     result = run.result("resume", "djinn_a")
-    for layer in (1, 2, 3, 4):
+    for layer in (1, 2, 3, 4) * 5:
         result.sample("ready_ms", 5.0 + 0.25 * layer, "ms", layer=layer)
     run.write(result)
     sampled = {"system": "djinn_a", "metric": "ready_ms"}
