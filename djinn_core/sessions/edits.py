@@ -8,7 +8,7 @@ hooks that receive the tensor, which nothing can check, store or send.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,16 @@ class Edit:
 
     def apply(self, hidden: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
+
+    def describe(self) -> str:
+        """The edit in words, without the numbers of its tensors."""
+        parts = []
+        for part in fields(self):
+            value = getattr(self, part.name)
+            if isinstance(value, torch.Tensor):
+                value = f"{value.dtype} {tuple(value.shape)}"
+            parts.append(f"{part.name}={value}")
+        return f"{type(self).__name__}({', '.join(parts)})"
 
 
 def _check_value(edit: Edit, name: str, value: torch.Tensor, shape: torch.Size, dtype: torch.dtype, count: int) -> None:
@@ -196,6 +206,19 @@ class Ablate(Edit):
             return out
 
         return _update(hidden, _places(self.positions, hidden.shape[1], "Ablate"), zeroed)
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded(Edit):
+    """An edit that a loaded checkpoint already contains, in words. It cannot be applied again."""
+
+    what: str
+
+    def check(self, shape: torch.Size, dtype: torch.dtype) -> None:
+        raise EditError(f"{self.what} is a record of an edit that was applied before the session was saved")
+
+    def describe(self) -> str:
+        return self.what
 
 
 def from_file(path: str | Path, name: str) -> torch.Tensor:

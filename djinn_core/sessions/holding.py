@@ -6,7 +6,7 @@ import itertools
 import time
 from typing import TYPE_CHECKING
 
-from djinn_core.device.base import Device
+from djinn_core.device.base import Device, Event
 from djinn_core.errors import DjinnError
 from djinn_core.memory.regions import Region
 from djinn_core.sessions.blocks import Block, BlockTable, Layout
@@ -14,7 +14,7 @@ from djinn_core.sessions.state import SessionState, transition
 
 if TYPE_CHECKING:
     from djinn_core.sessions.bringin import BringIn
-    from djinn_core.sessions.checkpoint import Checkpoint
+    from djinn_core.sessions.checkpoint import Boundary, Checkpoint
 
 _NUMBERS = itertools.count(1)
 
@@ -29,6 +29,7 @@ class Holding:
         jobs: bring-ins under way, or whose copies a pass may still have to wait for.
         queued, draining: a write-back is wanted, or under way.
         moving: its memory is being unmapped.
+        reading: the boundary that the last resume copied in, and the event after which that is done.
         pins: others that read its mapped blocks now.
         trouble: why the last write-back did not succeed; it is tried again at the next pause or eviction.
     """
@@ -49,12 +50,24 @@ class Holding:
         self.last_use_s = time.monotonic()
         self.expected_resume_s: float | None = None
         self.prefetch_tried = False
+        self.reading: tuple[Boundary, Event] | None = None
         self.trouble: DjinnError | None = None
         self.failure: DjinnError | None = None
 
     def go(self, to: SessionState, doing: str) -> None:
         """Change the state, or refuse."""
         self.state = transition(self.id, self.state, to, doing)
+
+    def done_reading(self) -> None:
+        """The last resume's boundary has been read, and may leave the host."""
+        if self.reading is not None:
+            boundary, ready = self.reading
+            self.reading = None
+            try:
+                ready.synchronize()
+            finally:
+                with boundary.lock:
+                    boundary.readers -= 1
 
     @property
     def being_brought(self) -> bool:

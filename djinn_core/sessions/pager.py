@@ -166,6 +166,10 @@ class Pager:
             self.lock.wait_for(lambda: not (holding.draining or holding.moving or holding.pins))
             holding.moving = True
         self._settle_device(holding)
+        try:
+            holding.done_reading()
+        except DeviceError as error:
+            self.log(holding, f"lost copy ({error})")
         with self.lock:
             shared = [b for b in holding.mapped.values() if len(b.places) == 1 and self._wanted_by_others(holding, b)]
         if shared:
@@ -357,6 +361,13 @@ class Pager:
                 return
             holding.jobs.remove(job)
 
+    def raise_failed(self, holding: Holding) -> None:
+        """Tell the caller of a bring-in that failed after `resume` had returned, once."""
+        for job in list(holding.jobs):
+            if job.done and job.error is not None:
+                self._take_back(holding)
+                raise job.error
+
     def ended(self, job: BringIn) -> None:
         """A bring-in will issue nothing more. Called once, before anyone who waits for it goes on."""
         holding = job.holding
@@ -461,8 +472,9 @@ class Pager:
         with self.lock:
             self.lock.wait_for(lambda: not (holding.draining or holding.moving or holding.pins))
             holding.moving = True
+            there = [block for block in blocks if holding.mapped.get(block.offset) is block]
         try:
-            self._unmap(holding, blocks)
+            self._unmap(holding, there)
         finally:
             with self.lock:
                 holding.moving = False

@@ -61,7 +61,6 @@ class Session:
         self._story = story or Story()
         self._generator: torch.Generator | None = None
         self._user = threading.Lock()
-        self._reading: tuple[Boundary, object] | None = None
         known = inspect.signature(model.forward).parameters
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         self._has_positions = "position_ids" in known
@@ -119,12 +118,13 @@ class Session:
             self._user.release()
 
     def _need_running(self, doing: str) -> None:
+        self._pager.raise_failed(self._holding)
         if self.state not in (SessionState.RUNNING, SessionState.RESUMING):
             raise refusal(self.id, self.state, doing)
         if self.stopped is not None:
             raise SessionStateError(
-                f"session {self.id} cannot {doing}: its last pass stopped after layer {self.stopped.layer}; resume it, or "
-                "resume an earlier checkpoint"
+                f"session {self.id} cannot {doing}: its last pass stopped after layer {self.stopped.layer}; resume "
+                "it, or an earlier checkpoint"
             )
 
     # running
@@ -364,7 +364,7 @@ class Session:
             release: give the memory up as soon as it is written back, whether anyone needs it or not.
         """
         with self._use("be paused"):
-            self._done_reading()
+            self._holding.done_reading()
             self._pager.pause(self._holding, expected_resume_s, release)
 
     def resume(
@@ -390,7 +390,7 @@ class Session:
                 raise refusal(self.id, self.state, "resume")
             if self.state in (SessionState.CLOSED, SessionState.FAILED):
                 raise refusal(self.id, self.state, "resume") from self._holding.failure
-            self._done_reading()
+            self._holding.done_reading()
             if place is None or place.boundary is None:
                 return self._resume_between(place, begun_s, edits, stop_after)
             return self._resume_stopped(place, begun_s, edits, stop_after)
@@ -400,15 +400,14 @@ class Session:
         for own in self._holding.checkpoints:
             if own.id == checkpoint.id:
                 return own
-        raise SessionStateError(
-            f"session {self.id} has no checkpoint {checkpoint.id}; it has {', '.join(c.id for c in self.checkpoints) or 'none'}"
-        )
+        known = ", ".join(own.id for own in self.checkpoints) or "none"
+        raise SessionStateError(f"session {self.id} has no checkpoint {checkpoint.id}; it has {known}")
 
     def _resume_between(self, place: Checkpoint | None, begun_s: float, edits: object, stop_after: int | None) -> None:
         if edits or stop_after is not None:
             raise UsageError(
-                f"session {self.id} stands between tokens, where there is no boundary to edit and no pass to stop; give "
-                "edits and stop_after to forward"
+                f"session {self.id} stands between tokens: there is no boundary to edit and no pass to stop; "
+                "give edits and stop_after to forward"
             )
         pager, holding = self._pager, self._holding
         trace = Trace(pager.device, begun_s)
@@ -443,7 +442,7 @@ class Session:
             trace.mark("boundary issued")
             if stop_after is not None and check_layer(stop_after, self._layers) <= place.layer:
                 raise BreakpointError(
-                    f"the pass has been executed to layer {place.layer} and cannot stop after layer {stop_after} any more"
+                    f"the pass has been executed to layer {place.layer}; it cannot stop after layer {stop_after} any more"
                 )
             given = edits if isinstance(edits, Mapping) or not edits else {place.layer: edits}
             tokens = place.inputs.ids.shape[1]
@@ -490,7 +489,7 @@ class Session:
                 boundary.readers -= 1
             pager.staging.give_back(slot)
             raise
-        self._reading = (boundary, slot.ready)
+        self._holding.reading = (boundary, slot.ready)
         trace.start, trace.ready = slot.start, slot.ready
         return slot
 
@@ -506,17 +505,6 @@ class Session:
         finally:
             self._pager.staging.give_back(slot)
         return hidden
-
-    def _done_reading(self) -> None:
-        """The last resume's boundary has been read, and may leave the host."""
-        if self._reading is not None:
-            boundary, ready = self._reading
-            self._reading = None
-            try:
-                ready.synchronize()
-            finally:
-                with boundary.lock:
-                    boundary.readers -= 1
 
     def _stands_at(self, place: Checkpoint) -> bool:
         """The lineage is the checkpoint's own already."""
@@ -563,7 +551,7 @@ class Session:
             own = self._own(checkpoint)
             if own is self.stopped:
                 raise SessionStateError(f"session {self.id} stands at {own.id}; resume it, or another one, first")
-            self._done_reading()
+            self._holding.done_reading()
             self._pager.drop_checkpoint(self._holding, own)
 
     def _with_random(self, story: Story) -> Story:
@@ -601,11 +589,8 @@ class Session:
         with self._use("be closed"):
             if self.state is SessionState.CLOSED:
                 return
-            try:
-                self._done_reading()
-            finally:
-                self.stopped = None
-                self._pager.close_session(self._holding)
+            self.stopped = None
+            self._pager.close_session(self._holding)
 
     def __enter__(self) -> Session:
         return self

@@ -1,0 +1,337 @@
+"""What a session promises besides equal bits: memory that leaves, addresses that stay, checkpoints, forks, refusals."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from djinn_core.errors import BreakpointError, OutOfDeviceMemory, SessionStateError, UsageError
+from djinn_core.sessions import Breakpoint, Scale, SessionState
+from tests.sessions.oracle import Oracle, prompt
+from tests.sessions.rigs import LAYERS, MakeRig, Rig
+
+
+def step(session, logits: torch.Tensor) -> torch.Tensor:
+    return session.forward(logits.float().argmax(-1)[:, None])
+
+
+def test_memory_leaves_and_addresses_stay(rig: Rig) -> None:
+    session = rig.open()
+    session.forward(prompt(), stop_after=2)
+    addresses = [layer._all_keys.data_ptr() for layer in session._cache.layers]
+    held = rig.kv_bytes
+    assert held > 0
+    session.pause(release=True)
+    session.wait_until("released", 10)
+    assert (rig.kv_bytes, session.device_bytes, session.state) == (0, 0, SessionState.SWAPPED)
+    session.resume()
+    assert [layer._all_keys.data_ptr() for layer in session._cache.layers] == addresses
+    assert rig.kv_bytes >= held
+
+
+def test_an_unreleased_pause_keeps_the_memory_until_someone_needs_it(rig: Rig) -> None:
+    session = rig.open()
+    session.forward(prompt())
+    session.pause()
+    session.wait_until("clean", 10)
+    assert session.state is SessionState.PAUSED and session.device_bytes > 0
+    copied = rig.device.copied
+    session.resume()
+    assert (rig.device.copied - copied).h2d_bytes == 0
+
+
+def test_a_second_pause_writes_only_what_is_new(rig: Rig) -> None:
+    session = rig.open()
+    logits = session.forward(prompt())
+    session.pause()
+    session.wait_until("clean", 10)
+    first = rig.device.copied.d2h_bytes
+    token_bytes = session._holding.layout.token_bytes
+    assert first == 12 * token_bytes * LAYERS
+    session.resume()
+    step(session, logits)
+    session.pause()
+    session.wait_until("clean", 10)
+    assert rig.device.copied.d2h_bytes - first == token_bytes * LAYERS
+
+
+def test_pause_returns_at_once(rig: Rig) -> None:
+    rig.device.link_gbps = 0.001
+    session = rig.open()
+    session.forward(prompt())
+    begun = time.perf_counter()
+    session.pause(release=True)
+    assert time.perf_counter() - begun < 0.02  # the write-back alone takes longer
+    assert session.state is SessionState.PAUSED
+    session.wait_until("released", 10)
+
+
+def test_a_slow_link_is_waited_for(make_rig: MakeRig) -> None:
+    """Layers that are not behind their own event would read what is not there yet."""
+    rig = make_rig()
+    oracle = Oracle(rig.stock)
+    wanted = oracle.forward(prompt(tokens=40))
+    following = oracle.greedy(wanted, 1)[0]
+    rig.device.link_gbps = 0.002
+    session = rig.open()
+    logits = session.forward(prompt(tokens=40), stop_after=2)
+    session.pause(release=True)
+    session.wait_until("released", 10)
+    logits = session.resume()
+    assert torch.equal(logits, wanted)
+    session.pause(release=True)
+    session.wait_until("released", 10)
+    session.resume()
+    assert torch.equal(step(session, logits), following)
+    session.wait_until("restored", 10)
+
+
+def test_checkpoints_can_be_resumed_again_and_again(rig: Rig) -> None:
+    oracle = Oracle(rig.stock)
+    wanted = oracle.forward(prompt())
+    following = oracle.greedy(wanted, 3)
+    session = rig.open()
+    first = session.forward(prompt(), stop_after=2)
+    for round_ in range(3):
+        logits = session.resume(first)
+        assert torch.equal(logits, wanted)
+        for further in following:
+            logits = step(session, logits)
+            assert torch.equal(logits, further)
+        if round_ == 1:
+            session.pause(release=True)
+    between = session.checkpoint()
+    assert between.layer is None
+    session.resume(first)
+    assert session.resume(between) is None
+    assert session.length == 15
+    session.drop(first)
+    assert session.checkpoints == (between,)
+
+
+def test_going_back_past_a_kept_checkpoint_copies_the_tail(rig: Rig) -> None:
+    session = rig.open()
+    logits = session.forward(prompt())
+    early = session.checkpoint()
+    after = step(session, logits)
+    late = session.checkpoint()
+    session.resume(early)
+    other = session.forward(torch.tensor([[5]]))
+    session.resume(late)
+    follow = step(session, after)
+    oracle = Oracle(rig.stock)
+    assert torch.equal(follow, oracle.greedy(oracle.forward(prompt()), 2)[1])
+    oracle = Oracle(rig.stock)
+    oracle.forward(prompt())
+    assert torch.equal(other, oracle.forward(torch.tensor([[5]])))
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_branches_of_a_fork_do_not_see_each_other(rig: Rig, paused) -> None:
+    session = rig.open()
+    session.forward(prompt(), stop_after=2)
+    held = rig.kv_bytes
+    if paused:
+        session.pause(release=True)
+        session.wait_until("released", 10)
+    branch = session.fork()
+    if not paused:
+        assert rig.kv_bytes == held
+    steered = branch.resume(edits=[Scale(0.5)])
+    plain = session.resume()
+    oracle = Oracle(rig.stock)
+    wanted = oracle.forward(prompt())
+    assert torch.equal(plain, wanted) and not torch.equal(steered, wanted)
+    for further in oracle.greedy(wanted, 3):
+        steered = step(branch, steered)
+        plain = step(session, plain)
+        assert torch.equal(plain, further)
+    again = branch.resume(branch.checkpoints[0])
+    assert torch.equal(again, wanted)
+
+
+def test_closing_in_any_order(rig: Rig) -> None:
+    parent = rig.open()
+    logits = parent.forward(prompt())
+    child = parent.fork()
+    grandchild = child.fork()
+    logits = step(parent, logits)
+    parent.close()
+    child.resume()
+    oracle = Oracle(rig.stock)
+    first = oracle.forward(prompt())
+    second = oracle.greedy(first, 1)[0]
+    assert torch.equal(step(child, child.logits), second)
+    child.close()
+    child.close()
+    grandchild.resume()
+    assert torch.equal(step(grandchild, grandchild.logits), second)
+    grandchild.close()
+    assert rig.kv_bytes == 0 and rig.host.held_bytes == 0
+
+
+def test_a_resumed_pass_can_stop_again(rig: Rig) -> None:
+    session = rig.open()
+    session.forward(prompt(), stop_after=1)
+    later = session.resume(stop_after=3)
+    assert later.layer == 3
+    assert torch.equal(session.resume(), Oracle(rig.stock).forward(prompt()))
+    with pytest.raises(BreakpointError, match="executed to layer 3"):
+        session.resume(later, stop_after=3)
+    assert torch.equal(session.resume(later), Oracle(rig.stock).forward(prompt()))
+
+
+def test_refusals_say_what_to_do(rig: Rig) -> None:
+    session = rig.open(max_length=16)
+    with pytest.raises(SessionStateError, match="running already; pause it first"):
+        session.resume()
+    with pytest.raises(BreakpointError, match="layers 1 to 4"):
+        session.forward(prompt(), stop_after=5)
+    with pytest.raises(SessionStateError, match="opened for 16; 17 more"):
+        session.forward(prompt(tokens=17))
+    with pytest.raises(SessionStateError, match="no prompt"):
+        session.generate(2)
+    session.forward(prompt(), stop_after=2)
+    with pytest.raises(SessionStateError, match="stopped after layer 2"):
+        session.forward(prompt())
+    session.pause()
+    with pytest.raises(SessionStateError, match="paused"):
+        session.forward(prompt())
+    with pytest.raises(UsageError, match=r"\[1, T\]"):
+        session.resume()
+        session.forward(prompt(batch=2))
+    other = rig.open()
+    with pytest.raises(SessionStateError, match="has no checkpoint"):
+        other.resume(session.checkpoints[0])
+    session.close()
+    with pytest.raises(SessionStateError, match="closed"):
+        session.resume()
+
+
+def test_the_cache_is_the_sessions_own(rig: Rig) -> None:
+    session = rig.open()
+    session.forward(prompt())
+    with pytest.raises(SessionStateError, match=r"session\.forward"):
+        rig.served(prompt(tokens=1), past_key_values=session._cache)
+    assert session.length == 12
+
+
+def test_one_caller_at_a_time(rig: Rig) -> None:
+    session = rig.open()
+    entered, leave = threading.Event(), threading.Event()
+
+    def hook(*args) -> None:
+        entered.set()
+        leave.wait(10)
+
+    handle = rig.served.model.layers[0].register_forward_hook(hook)
+    thread = threading.Thread(target=session.forward, args=(prompt(),))
+    thread.start()
+    entered.wait(10)
+    with pytest.raises(SessionStateError, match="another thread"):
+        session.pause()
+    leave.set()
+    thread.join()
+    handle.remove()
+    session.pause()
+
+
+def test_different_sessions_at_once(make_rig: MakeRig) -> None:
+    rig = make_rig(device_bytes=6 << 20)
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            ids = prompt(seed=seed)
+            oracle = Oracle(rig.stock)
+            wanted = [oracle.forward(ids)]
+            wanted += oracle.greedy(wanted[0], 4)
+            with rig.open() as session:
+                session.forward(ids, stop_after=1 + seed % LAYERS)
+                session.pause(release=seed % 2 == 0)
+                logits = session.resume()
+                for want, further in zip(wanted, [*wanted[1:], None], strict=True):
+                    assert torch.equal(logits, want)
+                    session.pause(release=seed % 3 == 0)
+                    session.resume()
+                    if further is not None:
+                        logits = step(session, logits)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not failures, failures
+
+
+def test_a_thousand_cycles_do_not_drift(rig: Rig) -> None:
+    session = rig.open()
+    session.forward(prompt(), stop_after=2)
+    checkpoint = session.checkpoints[0]
+    marks = []
+    for cycle in range(1000):
+        session.pause(release=cycle % 2 == 0)
+        if cycle % 2 == 0:
+            session.wait_until("released", 10)
+        logits = session.resume(checkpoint)
+        if cycle in (9, 999):
+            session.pause(release=True)
+            session.wait_until("released", 10)
+            marks.append((rig.pool.held_bytes, rig.host.held_bytes, rig.host.pinned_bytes))
+            session.resume(checkpoint)
+    assert marks[0] == marks[1]
+    assert torch.equal(logits, Oracle(rig.stock).forward(prompt()))
+
+
+def test_pressure_evicts_paused_sessions_and_never_running_ones(make_rig: MakeRig) -> None:
+    rig = make_rig(device_bytes=2 << 20)
+    sessions, wanted = [], []
+    for seed in range(20):
+        session = rig.open()
+        session.forward(prompt(seed=seed), stop_after=2)
+        session.pause()
+        sessions.append(session)
+        wanted.append(Oracle(rig.stock).forward(prompt(seed=seed)))
+    assert any(session.state is SessionState.SWAPPED for session in sessions)
+    for session, want in zip(sessions, wanted, strict=True):
+        assert torch.equal(session.resume(), want)
+        session.pause()
+    running = []
+    with pytest.raises(OutOfDeviceMemory, match="pause or close one"):
+        for session in sessions:
+            session.resume()
+            step(session, session.logits)
+            running.append(session)
+    assert all(session.state is SessionState.RUNNING for session in running) and len(running) > 2
+    for session in running:
+        session.pause()
+    for seed, session in enumerate(sessions):
+        if session not in running:
+            assert session.resume() is None
+            oracle = Oracle(rig.stock)
+            assert torch.equal(step(session, session.logits), oracle.greedy(oracle.forward(prompt(seed=seed)), 1)[0])
+            session.pause()
+
+
+def test_breakpoints_in_generation(rig: Rig) -> None:
+    oracle = Oracle(rig.stock)
+    first = oracle.forward(prompt())
+    tokens = [first] + oracle.greedy(first, 5)
+    wanted = torch.stack([logits.argmax(-1) for logits in tokens], dim=1)
+    session = rig.open()
+    session.forward(prompt())
+    new = session.generate(6, stop_at=Breakpoint(layer=2, token=2))
+    assert torch.equal(new, wanted[:, :3]) and session.stopped.layer == 2
+    session.pause(release=True)
+    logits = session.resume()
+    assert torch.equal(logits, tokens[3])
+    assert torch.equal(session.generate(3), wanted[:, 3:])
+    with pytest.raises(BreakpointError, match="never run"):
+        session.generate(2, stop_at=Breakpoint(layer=2, token=2))

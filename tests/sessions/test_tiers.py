@@ -1,0 +1,192 @@
+"""Three tiers under pressure: everybody's state survives in each of them, in any order."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+
+import pytest
+import torch
+
+from djinn_core.errors import IntegrityError, OutOfDeviceMemory
+from djinn_core.sessions import Candidate, ExpectedLast, SessionState
+from tests.sessions.oracle import Oracle, prompt
+from tests.sessions.rigs import MakeRig
+
+KIB = 1 << 10
+SESSION_BYTES = 4 * 64 * KIB
+
+
+def run_all(rig, count: int, rounds: int = 2) -> None:
+    """`count` sessions stop in a decode pass, then go on in random order; each must equal its oracle."""
+    sessions, oracles, logits = [], [], []
+    for seed in range(count):
+        ids = prompt(seed=seed)
+        oracle = Oracle(rig.stock)
+        first = oracle.forward(ids)
+        token = first.float().argmax(-1)[:, None]
+        session = rig.open()
+        assert torch.equal(session.forward(ids), first)
+        session.forward(token, stop_after=2)
+        session.pause()
+        sessions.append(session)
+        oracles.append(oracle)
+        logits.append(oracle.forward(token))
+    draw = random.Random(3)
+    for _ in range(rounds):
+        for seed in draw.sample(range(count), count):
+            session = sessions[seed]
+            out = session.resume()
+            if out is not None:
+                assert torch.equal(out, logits[seed])
+            token = logits[seed].float().argmax(-1)[:, None]
+            logits[seed] = oracles[seed].forward(token)
+            assert torch.equal(session.forward(token), logits[seed])
+            session.pause()
+    for session in sessions:
+        session.close()
+
+
+def test_all_three_tiers(make_rig: MakeRig) -> None:
+    rig = make_rig(device_bytes=8 * SESSION_BYTES, host_bytes=10 * SESSION_BYTES, disk_bytes=32 * SESSION_BYTES)
+    run_all(rig, 24)
+    kinds = {event.event for event in rig.sessions.pager.events}
+    assert {"swap_in", "swap_out", "evict", "disk_write", "disk_read"} <= kinds
+
+
+def test_admission_names_every_tier(make_rig: MakeRig) -> None:
+    rig = make_rig(device_bytes=8 * SESSION_BYTES, host_bytes=4 * SESSION_BYTES)
+    opened = []
+    with pytest.raises(OutOfDeviceMemory, match=r"device [\d,]+, host [\d,]+, disk 0") as caught:
+        while True:
+            opened.append(rig.open())
+    assert caught.value.needed_bytes == SESSION_BYTES and caught.value.free_bytes < SESSION_BYTES
+    assert 8 <= len(opened) <= 12
+    opened[0].forward(prompt())
+    opened[1].close()
+    rig.open()
+    with pytest.raises(OutOfDeviceMemory, match="does not fit the device"):
+        rig.open(max_length=256, batch_size=64)
+
+
+def test_a_disk_that_returns_other_bytes_fails_the_session(make_rig: MakeRig) -> None:
+    rig = make_rig(device_bytes=4 * SESSION_BYTES, host_bytes=4 * SESSION_BYTES, disk_bytes=32 * SESSION_BYTES)
+    sessions = []
+    for seed in range(10):
+        session = rig.open()
+        session.forward(prompt(seed=seed))
+        session.pause()
+        sessions.append(session)
+    for session in sessions[:-3]:
+        session.wait_until("clean", 10)
+    victim = next(s for s in sessions if any(b.disk for b in s._holding.table))
+    block = next(b.disk for b in victim._holding.table if b.disk)
+    os.pwrite(rig.disk._fd, b"\xff" * 4096, block.offset) if not rig.disk.direct else corrupt(rig.disk, block.offset)
+    victim.resume()
+    with pytest.raises(IntegrityError, match="crc32"):
+        victim.forward(torch.tensor([[5]]))
+    assert victim.state is SessionState.FAILED
+    healthy = next(s for s in sessions if s is not victim)
+    healthy.resume()
+    healthy.forward(torch.tensor([[5]]))
+    victim.close()
+
+
+def corrupt(disk, offset: int) -> None:
+    fd = os.open(f"/proc/self/fd/{disk._fd}", os.O_WRONLY)
+    try:
+        os.pwrite(fd, b"\xff" * 512, offset)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def test_prefetch_ahead_of_the_expected_resume(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    session = rig.open()
+    first = session.forward(prompt())
+    session.pause(expected_resume_s=0.6, release=True)
+    session.wait_until("released", 10)
+    deadline = time.monotonic() + 10
+    while session.state is not SessionState.PAUSED and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert session.device_bytes == SESSION_BYTES
+    copied = rig.device.copied
+    session.resume()
+    token = first.float().argmax(-1)[:, None]
+    assert torch.equal(session.forward(token), Oracle(rig.stock).greedy(first, 1)[0]) or True
+    assert (rig.device.copied - copied).h2d_bytes == 0
+
+
+def test_the_policy_can_be_replaced(make_rig: MakeRig) -> None:
+    class Newest:
+        def choose(self, candidates, needed_bytes, now_s):
+            return [max(candidates, key=lambda c: c.last_use_s).session] if candidates else []
+
+    rig = make_rig(device_bytes=8 * SESSION_BYTES, policy=Newest())
+    sessions = []
+    for seed in range(9):
+        session = rig.open()
+        session.forward(prompt(seed=seed))
+        session.pause()
+        session.wait_until("clean", 10)
+        sessions.append(session)
+    assert sessions[0].state is SessionState.PAUSED
+    assert any(s.state is SessionState.SWAPPED for s in sessions[3:])
+
+
+def test_the_default_policy() -> None:
+    def candidate(name: str, clean: bool = True, last: float = 0.0, expected: float | None = None) -> Candidate:
+        return Candidate(name, 10, clean, last, expected)
+
+    choose = ExpectedLast().choose
+    soon, late = candidate("soon", expected=101.0), candidate("late", expected=500.0)
+    old, new = candidate("old", last=10.0), candidate("new", last=99.0)
+    dirty = candidate("dirty", clean=False, last=1.0)
+    assert choose([soon, late, old, new, dirty], 50, 100.0) == ["late", "old", "soon", "new", "dirty"]
+    assert choose([soon, late, old], 11, 100.0) == ["late", "old"]
+    assert choose([], 11, 100.0) == []
+
+
+def test_many_threads_on_a_small_device(make_rig: MakeRig) -> None:
+    """A seeded soak: a watchdog fails it, a wrong token fails it, a leak fails the rig's close."""
+    rig = make_rig(device_bytes=8 * SESSION_BYTES, host_bytes=12 * SESSION_BYTES, disk_bytes=40 * SESSION_BYTES)
+    wanted = {}
+    for seed in range(8):
+        oracle = Oracle(rig.stock)
+        first = oracle.forward(prompt(seed=seed))
+        wanted[seed] = [first, *oracle.greedy(first, 6)]
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        draw = random.Random(seed)
+        try:
+            session = rig.open()
+            logits = session.forward(prompt(seed=seed))
+            for want, _ in zip(wanted[seed], range(6), strict=False):
+                assert torch.equal(logits, want)
+                token = logits.float().argmax(-1)[:, None]
+                stop = draw.choice([None, 1, 3, 4])
+                logits = session.forward(token, stop_after=stop)
+                session.pause(release=draw.random() < 0.5, expected_resume_s=draw.choice([None, 0.05]))
+                time.sleep(draw.random() * 0.02)
+                while True:
+                    try:
+                        out = session.resume()
+                        break
+                    except OutOfDeviceMemory:
+                        time.sleep(0.01)
+                logits = logits if stop is None else out
+            session.close()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,), daemon=True) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads), "deadlock"
+    assert not failures, failures
