@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import socket
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ import deepspeed.ops
 import torch
 import yaml
 from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
@@ -61,24 +63,41 @@ def cpu_tuned(exp: Experiment, timed_pass: Callable[[Loaded], float]) -> Iterato
     with session(exp), released():
         model, source = partitioned(exp, offload(exp, "cpu"))
         how = "each tensor read straight into its partition in host memory, once for all points of the grid"
-        measured = []
         began = time.perf_counter()
-        for point in grid_points(largest_layer_numel(model)):
-            with engine(exp, model, source, offload(exp, "cpu") | point) as ready:
-                trial = loaded(exp, model, ready, how)
-                for _ in range(GRID_WARMUPS):
-                    timed_pass(trial)
-                times = [timed_pass(trial) for _ in range(GRID_PASSES)]
-            for value in times:
-                exp.result.sample("grid_pass_s", value, "s", **point)
-            measured.append((sorted(times)[len(times) // 2], point))
-        best = min(measured, key=lambda entry: entry[0])[1]
-        exp.log.info("the best of %d points: %s", len(measured), best)
+        best = search(exp, model, source, lambda ready: timed_pass(loaded(exp, model, ready, how)))
         search_s = time.perf_counter() - began
         with engine(exp, model, source, offload(exp, "cpu") | best) as ready:
             chosen = loaded(exp, model, ready, how)
             chosen.other_s = search_s
             yield chosen
+
+
+def search(exp: Experiment, model: Any, source: WeightSource, seconds: Callable[[Any], float]) -> dict[str, int]:
+    """The point of the grid with the fastest pass; a point that the cap cannot hold is recorded and left out.
+
+    Raises:
+        Outcome: the cap holds none of them.
+    """
+    medians: list[tuple[float, dict[str, int]]] = []
+    points = grid_points(largest_layer_numel(model))
+    for point in points:
+        try:
+            with engine(exp, model, source, offload(exp, "cpu") | point) as ready:
+                for _ in range(GRID_WARMUPS):
+                    seconds(ready)
+                times = [seconds(ready) for _ in range(GRID_PASSES)]
+        except torch.OutOfMemoryError as error:
+            exp.log.info("a point of the grid does not fit the cap: %s: %s", point, error)
+            exp.result.extra.setdefault("grid_out_of_memory", []).append(point)
+            continue
+        for value in times:
+            exp.result.sample("grid_pass_s", value, "s", **point)
+        medians.append((statistics.median(times), point))
+    if not medians:
+        raise Outcome("out_of_memory", f"the cap of {exp.config['cap_bytes']:,} bytes holds no point of {GRID.name}")
+    best = min(medians, key=lambda entry: entry[0])[1]
+    exp.log.info("the best of %d points: %s", len(points), best)
+    return best
 
 
 @contextmanager
@@ -187,9 +206,12 @@ def engine(exp: Experiment, model: Any, source: WeightSource, zero: dict[str, An
         yield ready
     finally:
         ready.destroy()
+        model.ds_inflight_param_registry.clear()  # a pass that ran out of memory leaves fetches behind
         for parameter in model.parameters():
             parameter.ds_persist = False
-            if parameter.ds_status.name == "AVAILABLE":
+            if parameter.ds_status is not ZeroParamStatus.NOT_AVAILABLE:
+                parameter.ds_status = ZeroParamStatus.AVAILABLE
+                parameter.ds_active_sub_modules.clear()
                 parameter.partition()
 
 
