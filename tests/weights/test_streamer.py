@@ -329,7 +329,7 @@ def test_positions_and_not_layers_own_slots():
 def test_a_closed_streamer_refuses(rig):
     r = rig([3000] * 2)
     r.streamer.close()
-    with pytest.raises(SessionStateError, match="closed"):
+    with pytest.raises(SessionStateError, match="unloaded"):
         r.run()
 
 
