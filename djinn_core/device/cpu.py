@@ -211,7 +211,13 @@ class CpuDevice(Device):
         return HostEvent(timing)
 
     def launch(self, stream: Stream, work: Callable[[], None]) -> None:
-        stream.put(work)
+        inference = torch.is_inference_mode_enabled()  # modes belong to a thread; the work keeps its caller's
+
+        def in_mode() -> None:
+            with torch.inference_mode(inference):
+                work()
+
+        stream.put(in_mode)
 
     def synchronize(self) -> None:
         with self._lock:

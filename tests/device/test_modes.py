@@ -1,5 +1,4 @@
-"""Memory made under a caller's inference mode is ordinary memory: a worker thread without the mode may write to it."""
-
+"""Inference mode belongs to a thread: neither memory made in it nor work queued in it may depend on whose it is."""
 import torch
 
 
@@ -18,3 +17,12 @@ def test_memory_made_in_inference_mode_is_writable_outside(device):
     device.unmap(address, unit)
     device.destroy(handle)
     device.release(address, unit)
+
+
+def test_queued_work_runs_in_its_callers_mode(device):
+    stream = device.stream()
+    with torch.inference_mode():
+        made = torch.zeros(4, device=device.torch_device)
+        device.launch(stream, lambda: made.fill_(3))
+    device.synchronize()
+    assert made.tolist() == [3.0] * 4

@@ -25,8 +25,8 @@ rule resume_method:
         "results/{run}/logs/resume_{system}.log",
     conda:
         "../../envs/experiments.yaml"
+    threads: ALL_CORES
     params:
         settings=settings("resume"),
-    threads: ALL_CORES
     shell:
         "python -m workflow.scripts.resume --run {wildcards.run} --system {wildcards.system} --out {output} --log {log}"

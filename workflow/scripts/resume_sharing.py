@@ -54,7 +54,7 @@ def measure(
     shared = None
     while (elapsed_s := time.perf_counter() - begin_s) < exp.config["pause_trace_s"]:
         used = bench.device.used_bytes()
-        exp.result.sample("device_used_bytes", used, "bytes", method=method.name, elapsed_s=round(elapsed_s, 3))
+        exp.result.sample("device_used_bytes", used, "bytes", method=method.name, time_s=round(elapsed_s, 3))
         if shared is None and elapsed_s >= 0.2:
             shared = tenant_fits(exp, runtime, free_live, extra, method)
         time.sleep(exp.config["pause_trace_interval_s"])
