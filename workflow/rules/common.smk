@@ -8,6 +8,7 @@ sys.path.insert(0, str(workflow.basedir))
 
 from workflow.lib import identity
 from workflow.lib.config import SettingsError, auto_run, canonical, load_config
+from workflow.lib.stalelock import remove_stale_locks
 
 
 def settings_of(run):
@@ -43,6 +44,7 @@ def results_folder(wildcards, input):
     return str(Path(input.certificate).parent)
 
 
+remove_stale_locks(Path.cwd())
 RUN = auto_run() if config["run"] == "auto" else config["run"]
 settings_of(RUN)
 # Rules that measure take all cores that Snakemake has, so that no two of them ever run beside each other.
