@@ -67,6 +67,7 @@ class BringIn:
         self.prefetch = prefetch
         self.issued = bytearray(holding.layout.layers)
         self.copied = bytearray(holding.layout.layers)
+        self.begun = pager.device.event(timing=True)
         self.restored = pager.device.event(timing=True)
         self.changed = threading.Condition()
         self.bytes = 0
@@ -200,6 +201,7 @@ class BringIn:
 
     def _issue(self, steps: dict[int, list[Step]]) -> None:
         pager, stream = self._pager, self._pager.h2d
+        self.begun.record(stream)
         for layer in self.order:
             if self.cancelled:
                 break
@@ -214,7 +216,8 @@ class BringIn:
                 self.changed.notify_all()
         self.restored.record(stream)
         if any(self.copied):
-            pager.log(self.holding, "swap_in", self.bytes, time.perf_counter() - self.begun_s)
+            copies = (self.begun, self.restored)
+            pager.log(self.holding, "swap_in", self.bytes, time.perf_counter() - self.begun_s, copies)
 
     def _issue_layer(self, layer: int, row: list[Step], stream: Stream) -> None:
         """Map and fill one layer's blocks, then commit them."""
@@ -229,8 +232,8 @@ class BringIn:
             if copied or shared or any(step.lender for step in row):
                 arrival.record(stream)
                 self.copied[layer] = 1
-            if any(step.source and step.lender for step in row):
-                arrival.synchronize()  # the lender may unmap its source as soon as it is not pinned any more
+            if self.copied[layer] and any(step.source for step in row):
+                arrival.synchronize()  # a copy takes its source's place, and the lender's pin ends, only when it is whole
         except DeviceError:
             with contextlib.suppress(DeviceError):  # a failure of what was issued is the one being handled
                 stream.synchronize()

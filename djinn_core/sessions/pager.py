@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from djinn_core.device.base import Device
+from djinn_core.device.base import Device, Event
 from djinn_core.errors import ConfigError, DeviceError, DjinnError, IntegrityError, OutOfDeviceMemory
 from djinn_core.memory.disktier import DiskTier
 from djinn_core.memory.extents import Extent, ExtentPool
@@ -31,7 +31,7 @@ from djinn_core.sessions.checkpoint import Boundary, Checkpoint
 from djinn_core.sessions.holding import Holding
 from djinn_core.sessions.policy import Candidate, ExpectedLast, Policy
 from djinn_core.sessions.staging import Staging
-from djinn_core.sessions.state import SessionState, refusal
+from djinn_core.sessions.state import SessionState, refusal, transition
 from djinn_core.sessions.tiers import Tiers
 from djinn_core.sessions.writeback import write_back
 
@@ -43,13 +43,20 @@ TICK_S = 0.05
 
 @dataclass(frozen=True)
 class PagerEvent:
-    """One thing that the pager did. `time_s` is on the clock of `time.perf_counter`."""
+    """One thing that the pager did.
+
+    Attributes:
+        time_s: on the clock of `time.perf_counter`.
+        ms: how long the host was at it; copies may still be in flight.
+        copies: timing events around the copies of a swap, on the device's clock.
+    """
 
     time_s: float
     session: str
     event: str
     bytes: int
     ms: float
+    copies: tuple[Event, Event] | None = None
 
     def __str__(self) -> str:
         return f"{self.time_s:.6f} {self.session} {self.event} {self.bytes} bytes {self.ms:.3f} ms"
@@ -94,11 +101,25 @@ class Pager:
         for thread in self._threads:
             thread.start()
 
-    def log(self, holding: Holding, event: str, size_bytes: int = 0, seconds: float = 0.0) -> None:
-        self.log_id(holding.id, event, size_bytes, seconds)
+    def log(
+        self,
+        holding: Holding,
+        event: str,
+        size_bytes: int = 0,
+        seconds: float = 0.0,
+        copies: tuple[Event, Event] | None = None,
+    ) -> None:
+        self.log_id(holding.id, event, size_bytes, seconds, copies)
 
-    def log_id(self, session: str, event: str, size_bytes: int = 0, seconds: float = 0.0) -> None:
-        entry = PagerEvent(time.perf_counter(), session, event, size_bytes, seconds * 1e3)
+    def log_id(
+        self,
+        session: str,
+        event: str,
+        size_bytes: int = 0,
+        seconds: float = 0.0,
+        copies: tuple[Event, Event] | None = None,
+    ) -> None:
+        entry = PagerEvent(time.perf_counter(), session, event, size_bytes, seconds * 1e3, copies)
         self.events.append(entry)
         if self.on_event is not None:
             self.on_event(entry)
@@ -162,9 +183,32 @@ class Pager:
         """Give up everything that only this session holds. Waits for its transfers to end."""
         holding.wait_issued(cancel=True)
         with self.lock:
-            holding.go(SessionState.CLOSED, "be closed")
+            transition(holding.id, holding.state, SessionState.CLOSED, "be closed")
             self.lock.wait_for(lambda: not (holding.draining or holding.moving or holding.pins))
             holding.moving = True
+        try:
+            self._take_all(holding)
+        except DjinnError:  # it is as it was, and can be closed again
+            with self.lock:
+                holding.moving = False
+                self.lock.notify_all()
+            raise
+        for checkpoint in list(holding.checkpoints):
+            self.drop_checkpoint(holding, checkpoint)
+        with self.lock:
+            gone = holding.table.assign([0] * holding.layout.layers, [[] for _ in range(holding.layout.layers)])
+            for block in gone:
+                if not block.holders:
+                    self.tiers.discard(block)
+            del self.holdings[holding.id]
+            holding.moving = False
+            holding.go(SessionState.CLOSED, "be closed")
+            self.lock.notify_all()
+        holding.region.close()
+        self.log(holding, "close")
+
+    def _take_all(self, holding: Holding) -> None:
+        """Unmap all that a closing session has mapped, after saving what others still want of it."""
         self._settle_device(holding)
         try:
             holding.done_reading()
@@ -175,18 +219,6 @@ class Pager:
         if shared:
             write_back_of_closing(self, holding, shared)
         self._unmap(holding, list(holding.mapped.values()))
-        for checkpoint in list(holding.checkpoints):
-            self.drop_checkpoint(holding, checkpoint)
-        with self.lock:
-            gone = holding.table.assign([0] * holding.layout.layers, [[] for _ in range(holding.layout.layers)])
-            for block in gone:
-                if not block.holders:
-                    self.tiers.discard(block)
-            del self.holdings[holding.id]
-            holding.moving = False
-            self.lock.notify_all()
-        holding.region.close()
-        self.log(holding, "close")
 
     def _wanted_by_others(self, holding: Holding, block: Block) -> bool:
         own = {id(holding.table), *(id(c.table) for c in holding.checkpoints)}
@@ -427,9 +459,13 @@ class Pager:
                 )
         if what == "restored":
             for job in list(holding.jobs):
-                if job.error is not None:
-                    raise job.error
-                job.restored.synchronize()
+                try:
+                    if job.error is not None:
+                        raise job.error
+                    job.restored.synchronize()
+                except DjinnError:
+                    self._distrust(holding)
+                    raise
 
     def _stuck(self, holding: Holding, what: str) -> bool:
         """It cannot become so any more without the caller doing something."""
@@ -438,7 +474,8 @@ class Pager:
         if holding.trouble is not None and not holding.queued:
             return True
         if what == "released":
-            return holding.state is not SessionState.PAUSED or (not holding.release and not holding.queued)
+            away = (SessionState.PAUSED, SessionState.SWAPPED)
+            return holding.state not in away or not (holding.release or holding.queued or holding.moving)
         return False
 
     # going back, and branching

@@ -10,6 +10,7 @@ Not taken: pooled extents mapped per resume. A map and its grant under load cost
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -58,8 +59,9 @@ class Slot:
         self.ready = device.event(timing=True)
 
     def close(self) -> None:
-        self.free.synchronize()
-        self.ready.synchronize()
+        for event in (self.free, self.ready):
+            with contextlib.suppress(DeviceError):  # whoever wanted the copy has been told
+                event.synchronize()
         self._pool.give_back(self._region.unmap([0])[0])
         self._region.close()
 
@@ -133,7 +135,10 @@ class Staging:
         slot = self._outbound
         size_bytes = hidden.numel() * hidden.element_size()
         compute = self._device.current_stream()
-        compute.wait_event(slot.free)
+        try:
+            compute.wait_event(slot.free)
+        except DeviceError:  # the copy before failed; whoever wanted it is told by its own event
+            slot.free = self._device.event()
         slot.bytes[:size_bytes].view(hidden.dtype).view(hidden.shape).copy_(hidden)
         slot.start.record(compute)
         self.out_stream.wait_event(slot.start)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from djinn_core.device.base import Direction
+from djinn_core.device.base import Direction, Event
 from djinn_core.errors import DjinnError
 from djinn_core.sessions.blocks import Block
 from djinn_core.sessions.holding import Holding
@@ -37,7 +37,7 @@ def write_back(pager: Pager, holding: Holding, blocks: Iterable[Block]) -> int:
         for block, _, _, _ in todo:
             if block.host is None:
                 block.host = pager.tiers.allocate(block.size_bytes, holding.id)
-        copied = _copy(pager, holding, todo)
+        copied, copies = _copy(pager, holding, todo)
     finally:
         with pager.lock:
             holding.draining = False
@@ -45,7 +45,7 @@ def write_back(pager: Pager, holding: Holding, blocks: Iterable[Block]) -> int:
                 block.copying_bytes = 0
             pager.lock.notify_all()
     if copied:
-        pager.log(holding, "swap_out", copied, time.perf_counter() - begun_s)
+        pager.log(holding, "swap_out", copied, time.perf_counter() - begun_s, copies)
     return copied
 
 
@@ -67,20 +67,24 @@ def _claim(pager: Pager, blocks: Iterable[Block], todo: list[tuple[Block, int, i
                 todo.append((block, block.host_valid_bytes, end, block.epoch))
 
 
-def _copy(pager: Pager, holding: Holding, todo: list[tuple[Block, int, int, int]]) -> int:
+def _copy(
+    pager: Pager, holding: Holding, todo: list[tuple[Block, int, int, int]]
+) -> tuple[int, tuple[Event, Event] | None]:
+    """The bytes copied, and timing events around the copies."""
     if not todo:
-        return 0
+        return 0, None
     stream, memory = pager.d2h, holding.region.tensor
     for event in {place.pass_done for block, _, _, _ in todo for place in block.places}:
         stream.wait_event(event)
     for event in {block.ready for block, _, _, _ in todo if block.ready is not None}:
         stream.wait_event(event)
+    begun, done = pager.device.event(timing=True), pager.device.event(timing=True)
+    begun.record(stream)
     try:
         for block, begin, end, _ in todo:
             source = memory[block.offset + begin : block.offset + end]
             pager.device.copy(block.host.tensor[begin:end], source, stream, Direction.D2H)
     finally:
-        done = pager.device.event()
         done.record(stream)
         failure = _outcome(done)
     if failure is not None:
@@ -91,7 +95,7 @@ def _copy(pager: Pager, holding: Holding, todo: list[tuple[Block, int, int, int]
             if block.epoch == epoch:
                 block.host_valid_bytes = end
             copied += end - begin
-    return copied
+    return copied, (begun, done)
 
 
 def _outcome(done: object) -> DjinnError | None:

@@ -50,6 +50,7 @@ class Rig:
     host: HostTier
     disk: DiskTier | None
     sessions: Sessions
+    closed: bool = False
 
     def open(self, max_length: int = 48, batch_size: int = 1) -> Session:
         return self.sessions.open(self.served, max_length=max_length, batch_size=batch_size)
@@ -63,6 +64,10 @@ class Rig:
         return sum(size for (kind, _), size in self.pool.usage().held.items() if kind is Kind.KV)
 
     def close(self) -> None:
+        """Close everything; nothing may be held then. Twice is once."""
+        if self.closed:
+            return
+        self.closed = True
         self.sessions.close()
         assert self.pool.held_bytes == 0
         assert self.host.held_bytes == 0

@@ -83,7 +83,7 @@ def test_a_disk_that_returns_other_bytes_fails_the_session(make_rig: MakeRig) ->
         session.wait_until("clean", 10)
     victim = next(s for s in sessions if any(b.disk for b in s._holding.table))
     block = next(b.disk for b in victim._holding.table if b.disk)
-    os.pwrite(rig.disk._fd, b"\xff" * 4096, block.offset) if not rig.disk.direct else corrupt(rig.disk, block.offset)
+    corrupt(rig.disk, block.offset)
     victim.resume()
     with pytest.raises(IntegrityError, match="crc32"):
         victim.forward(torch.tensor([[5]]))
@@ -115,8 +115,9 @@ def test_prefetch_ahead_of_the_expected_resume(make_rig: MakeRig) -> None:
     assert session.device_bytes == SESSION_BYTES
     copied = rig.device.copied
     session.resume()
-    token = first.float().argmax(-1)[:, None]
-    assert torch.equal(session.forward(token), Oracle(rig.stock).greedy(first, 1)[0]) or True
+    oracle = Oracle(rig.stock)
+    wanted = oracle.greedy(oracle.forward(prompt()), 1)[0]
+    assert torch.equal(session.forward(first.float().argmax(-1)[:, None]), wanted)
     assert (rig.device.copied - copied).h2d_bytes == 0
 
 
@@ -142,12 +143,23 @@ def test_the_default_policy() -> None:
         return Candidate(name, 10, clean, last, expected)
 
     choose = ExpectedLast().choose
-    soon, late = candidate("soon", expected=101.0), candidate("late", expected=500.0)
+    soon, late = candidate("soon", expected=100.5), candidate("late", expected=500.0)
     old, new = candidate("old", last=10.0), candidate("new", last=99.0)
     dirty = candidate("dirty", clean=False, last=1.0)
-    assert choose([soon, late, old, new, dirty], 50, 100.0) == ["late", "old", "soon", "new", "dirty"]
+    assert choose([soon, late, old, new, dirty], 50, 100.0) == ["late", "old", "new", "soon", "dirty"]
     assert choose([soon, late, old], 11, 100.0) == ["late", "old"]
     assert choose([], 11, 100.0) == []
+
+
+def patiently(session, call, *args, **options):
+    """Try again while running sessions leave no room; a refused session is whole, and may have to be resumed first."""
+    while True:
+        try:
+            if call != session.resume and session.state in (SessionState.PAUSED, SessionState.SWAPPED):
+                session.resume()
+            return call(*args, **options)
+        except OutOfDeviceMemory:
+            time.sleep(0.01)
 
 
 def test_many_threads_on_a_small_device(make_rig: MakeRig) -> None:
@@ -164,20 +176,15 @@ def test_many_threads_on_a_small_device(make_rig: MakeRig) -> None:
         draw = random.Random(seed)
         try:
             session = rig.open()
-            logits = session.forward(prompt(seed=seed))
+            logits = patiently(session, session.forward, prompt(seed=seed))
             for want, _ in zip(wanted[seed], range(6), strict=False):
                 assert torch.equal(logits, want)
                 token = logits.float().argmax(-1)[:, None]
                 stop = draw.choice([None, 1, 3, 4])
-                logits = session.forward(token, stop_after=stop)
+                logits = patiently(session, session.forward, token, stop_after=stop)
                 session.pause(release=draw.random() < 0.5, expected_resume_s=draw.choice([None, 0.05]))
                 time.sleep(draw.random() * 0.02)
-                while True:
-                    try:
-                        out = session.resume()
-                        break
-                    except OutOfDeviceMemory:
-                        time.sleep(0.01)
+                out = patiently(session, session.resume)
                 logits = logits if stop is None else out
             session.close()
         except BaseException as error:

@@ -1,0 +1,202 @@
+"""Random lives of sessions against a reference that replays every pass on the stock model."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from djinn_core.sessions import Scale, Session, SessionState
+from djinn_core.sessions.snapshot import load_session
+from tests.sessions.oracle import Oracle
+from tests.sessions.rigs import LAYERS, make_rig, stock_model
+
+Pass = tuple[tuple[int, ...], int]  # ids, and the layer after which the hidden states are halved (0: none)
+SESSION_BYTES = 4 * 64 << 10
+HALF = Scale(0.5)
+
+
+@lru_cache(maxsize=None)
+def replay(passes: tuple[Pass, ...]) -> torch.Tensor:
+    """The stock model's logits after these passes."""
+    model = stock_model("llama", torch.float32)
+    oracle = Oracle(model)
+    for ids, layer in passes:
+        handle = None
+        if layer:
+            handle = model.model.layers[layer - 1].register_forward_hook(lambda module, args, out: out * 0.5)
+        logits = oracle.forward(torch.tensor([ids]))
+        if handle is not None:
+            handle.remove()
+    return logits
+
+
+@dataclass
+class Life:
+    """A session, and what it should know."""
+
+    session: Session
+    passes: tuple[Pass, ...]
+    stopped: tuple[tuple[int, ...], int] | None  # ids and layer of a stopped pass
+    points: dict[str, tuple[tuple[Pass, ...], tuple[tuple[int, ...], int] | None]]
+
+
+IDS = st.lists(st.integers(3, 127), min_size=1, max_size=5).map(tuple)
+WHICH = st.integers(0, 3)
+
+
+class Lives(RuleBasedStateMachine):
+    """Up to four sessions on a device that holds about three of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp())
+        sizes = {"device_bytes": 4 * SESSION_BYTES, "host_bytes": 12 * SESSION_BYTES, "disk_bytes": 24 * SESSION_BYTES}
+        self.rig = make_rig(self.folder, **sizes)
+        self.lives: list[Life] = []
+        self.saved = 0
+
+    def teardown(self) -> None:
+        self.rig.close()
+        shutil.rmtree(self.folder)
+
+    def pick(self, which: int) -> Life:
+        return self.lives[which % len(self.lives)]
+
+    def awake(self, which: int) -> Life:
+        """A running one; at most one is, so that memory always suffices."""
+        life = self.pick(which)
+        for other in self.lives:
+            if other is not life and other.session.state in (SessionState.RUNNING, SessionState.RESUMING):
+                other.session.pause()
+        if life.session.state is not SessionState.RUNNING or life.stopped:
+            self.wake(life, False)
+        return life
+
+    def wake(self, life: Life, edit: bool) -> None:
+        out = life.session.resume(edits=[HALF] if edit and life.stopped else [])
+        if life.stopped:
+            ids, layer = life.stopped
+            life.passes, life.stopped = (*life.passes, (ids, layer if edit else 0)), None
+            assert torch.equal(out, replay(life.passes))
+        else:
+            assert out is None
+
+    @precondition(lambda self: len(self.lives) < 4)
+    @rule()
+    def open(self) -> None:
+        self.lives.append(Life(self.rig.open(), (), None, {}))
+
+    @precondition(lambda self: self.lives)
+    @rule(which=WHICH, ids=IDS)
+    def run(self, which: int, ids: tuple[int, ...]) -> None:
+        life = self.awake(which)
+        if life.session.length + len(ids) <= 48:
+            life.passes = (*life.passes, (ids, 0))
+            assert torch.equal(life.session.forward(torch.tensor([ids])), replay(life.passes))
+
+    @precondition(lambda self: self.lives)
+    @rule(which=WHICH, ids=IDS, layer=st.integers(1, LAYERS), pause=st.booleans(), release=st.booleans())
+    def stop(self, which: int, ids: tuple[int, ...], layer: int, pause: bool, release: bool) -> None:
+        life = self.awake(which)
+        if life.session.length + len(ids) <= 48:
+            point = life.session.forward(torch.tensor([ids]), stop_after=layer)
+            life.stopped = (ids, layer)
+            life.points[point.id] = (life.passes, life.stopped)
+            if pause:
+                life.session.pause(release=release)
+
+    @precondition(lambda self: self.lives)
+    @rule(which=WHICH, release=st.booleans())
+    def pause(self, which: int, release: bool) -> None:
+        life = self.pick(which)
+        if life.session.state is SessionState.RUNNING:
+            life.session.pause(release=release)
+
+    @precondition(lambda self: self.lives)
+    @rule(which=WHICH)
+    def evict(self, which: int) -> None:
+        life = self.pick(which)
+        if life.session.state is SessionState.PAUSED:
+            self.rig.sessions.pager.evict(life.session._holding)
+            life.session.wait_until("released", 20)
+
+    @precondition(lambda self: self.lives)
+    @rule(which=WHICH, edit=st.booleans())
+    def resume(self, which: int, edit: bool) -> None:
+        life = self.pick(which)
+        if life.stopped or life.session.state is not SessionState.RUNNING:
+            for other in self.lives:
+                if other is not life and other.session.state in (SessionState.RUNNING, SessionState.RESUMING):
+                    other.session.pause()
+            self.wake(life, edit)
+
+    @precondition(lambda self: self.lives)
+    @rule(which=WHICH)
+    def checkpoint(self, which: int) -> None:
+        life = self.pick(which)
+        if len(life.points) < 4:
+            point = life.session.checkpoint()
+            life.points[point.id] = (life.passes, life.stopped)
+
+    @precondition(lambda self: any(life.points for life in self.lives))
+    @rule(which=WHICH, number=WHICH, edit=st.booleans())
+    def go_back(self, which: int, number: int, edit: bool) -> None:
+        life = self.awake(which)
+        if life.points:
+            name = sorted(life.points)[number % len(life.points)]
+            life.passes, life.stopped = life.points[name]
+            point = next(p for p in life.session.checkpoints if p.id == name)
+            out = life.session.resume(point, edits=[HALF] if edit and life.stopped else [])
+            if life.stopped:
+                ids, layer = life.stopped
+                life.passes, life.stopped = (*life.passes, (ids, layer if edit else 0)), None
+                assert torch.equal(out, replay(life.passes))
+
+    @precondition(lambda self: self.lives and len(self.lives) < 4)
+    @rule(which=WHICH)
+    def fork(self, which: int) -> None:
+        life = self.pick(which)
+        self.lives.append(Life(life.session.fork(), life.passes, life.stopped, dict(life.points)))
+
+    @precondition(lambda self: self.lives)
+    @rule(which=WHICH)
+    def save_and_load(self, which: int) -> None:
+        life = self.pick(which)
+        self.saved += 1
+        folder = self.folder / f"saved{self.saved}"
+        old = [point.id for point in life.session.checkpoints]
+        life.session.save(folder)
+        life.session.close()
+        life.session = load_session(folder, self.rig.served, self.rig.sessions)
+        renamed = {before: after.id for before, after in zip(old, life.session.checkpoints, strict=True)}
+        life.points = {renamed[name]: what for name, what in life.points.items()}
+
+    @precondition(lambda self: self.lives)
+    @rule(which=WHICH)
+    def close(self, which: int) -> None:
+        life = self.pick(which)
+        self.lives.remove(life)
+        life.session.close()
+
+    @invariant()
+    def adds_up(self) -> None:
+        for life in self.lives:
+            assert life.session.length == sum(len(ids) for ids, _ in life.passes) + (
+                len(life.stopped[0]) if life.stopped and life.stopped[1] == LAYERS else 0
+            )
+            if life.session.state is SessionState.SWAPPED:
+                assert life.session.device_bytes == 0 or life.session._holding.jobs
+
+
+Lives.TestCase.settings = settings(
+    max_examples=12, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
+TestLives = Lives.TestCase
