@@ -156,10 +156,25 @@ class HostTier:
         return block
 
     def prepare(self, size_bytes: int) -> None:
-        """Pin until `size_bytes` are ready for `allocate`. Raises as `allocate` does."""
+        """Pin until `size_bytes` are ready for `allocate`.
+
+        Raises:
+            OutOfHostMemory: the budget has no room for that much; what could be pinned is.
+            PinningRefused: as for `allocate`.
+        """
+        unit = self._granularity
         with self._growing:
             while (missing := size_bytes - self._ready_bytes()) > 0:
-                self._grow(min(missing, self._slab_bytes), "prepare")
+                with self._lock:
+                    room_bytes = (self.budget_bytes - self._mapped_bytes) // unit * unit
+                if not room_bytes:  # a slab made now could only replace another that is ready
+                    raise OutOfHostMemory(
+                        f"{size_bytes:,} bytes of host memory cannot be made ready within a budget of "
+                        f"{self.budget_bytes:,}; ask for less, or raise host_bytes",
+                        needed_bytes=missing,
+                        free_bytes=0,
+                    )
+                self._grow(min(missing, self._slab_bytes, room_bytes), "prepare")
 
     def close(self) -> None:
         """Give the slabs back. Refused while blocks are held."""

@@ -241,3 +241,13 @@ class TierMachine(RuleBasedStateMachine):
 
 TestTierMachine = TierMachine.TestCase
 TestTierMachine.settings = settings(max_examples=20, stateful_step_count=25, deadline=None)
+
+
+def test_preparing_more_than_the_budget_ends_with_the_numbers(cpu_device):
+    unit = cpu_device.granularity_bytes
+    tier = HostTier(cpu_device, 16 * unit + 4096, threads=1)
+    with pytest.raises(OutOfHostMemory) as refused:
+        tier.prepare(tier.budget_bytes)
+    assert refused.value.needed_bytes == 4096
+    assert tier.pinned_bytes == 16 * unit
+    tier.close()

@@ -71,7 +71,7 @@ def run(exp: harness.Experiment, system: str) -> None:
         host_bytes=config["host_bytes"],
         pool_reserve_bytes=0,
     ) as runtime:
-        bench = make_bench(exp, runtime)
+        bench = make_bench(exp, runtime, config["prompt_tokens"] + config["answer_tokens"] + 1)
         names = (system, *PARTNERS.get(system, DEFAULT_PARTNERS))
         methods = [METHODS[name](bench) for name in names]
         prompt = seeded_prompt(bench, config["prompt_tokens"], seed=0)
@@ -89,8 +89,8 @@ def run(exp: harness.Experiment, system: str) -> None:
             resume_sharing.measure(exp, bench, runtime, methods[0], prompt)
 
 
-def make_bench(exp: harness.Experiment, runtime: djinn.Runtime) -> Bench:
-    """The served model, resident, and a stock model on the very same weights."""
+def make_bench(exp: harness.Experiment, runtime: djinn.Runtime, max_length: int) -> Bench:
+    """The served model, resident, and a stock model on the very same weights; sessions of `max_length` tokens."""
     config = exp.config
     dtype = getattr(torch, config["dtype"])
     with exp.progress.task("load"):
@@ -100,7 +100,7 @@ def make_bench(exp: harness.Experiment, runtime: djinn.Runtime) -> Bench:
     exp.result.weights = {"kind": loaded.source.kind, "digest": loaded.source.digest}
     stock = build_meta_model(loaded.source.config, dtype)
     bind(stock, {name: parameter.data for name, parameter in served.named_parameters()})
-    return Bench(runtime.device, stock.eval(), served, config["prompt_tokens"] + config["answer_tokens"] + 1)
+    return Bench(runtime.device, stock.eval(), served, max_length)
 
 
 def seeded_prompt(bench: Bench, length: int, seed: int) -> torch.Tensor:

@@ -1,0 +1,247 @@
+"""Djinn's part of the pressure experiment: seeds, think times, the event log, and the verdicts from the samples."""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+import djinn_core as djinn
+from workflow.lib import harness
+from workflow.lib.results import NOT_APPLICABLE
+from workflow.scripts import pressure
+from workflow.scripts.pressure_systems import swaps
+from workflow.scripts.pressure_systems.served import ServedTenant
+from workflow.scripts.pressure_systems.trace import MemoryTrace
+from workflow.scripts.pressure_systems.workload import Workload
+from workflow.scripts.resume import make_bench
+from workflow.scripts.resume_methods.base import Bench
+
+RELEASE_TIMEOUT_S = 60.0
+PREPARED_SHARE = 0.98  # of the host budget; slabs are whole units, so not quite all of it can be asked for
+
+
+def run(exp: harness.Experiment, capped: bool, wanted: list[list[int]]) -> None:
+    """All seeds, and under the cap the think-time variant too."""
+    config = exp.config
+    with djinn.Runtime(
+        device=exp.device,
+        budget_bytes=config["cap_bytes"] if capped else config["uncapped_bytes"],
+        activation_bytes=config["activation_bytes"],
+        host_bytes=config["host_bytes"] if capped else config["staging_host_bytes"],
+        disk_path=exp.out.parent if capped and config["disk_bytes"] else None,
+        disk_bytes=config["disk_bytes"] if capped else 0,
+        pool_reserve_bytes=config["cap_bytes"] if capped else config["uncapped_bytes"],
+    ) as runtime:
+        workload = Workload.of(config)
+        bench = make_bench(exp, runtime, workload.max_length)
+        pressure.record_demand(exp, bench, workload)
+        with exp.progress.task("pin host memory"):
+            runtime.host.prepare(int(runtime.host.free_bytes * PREPARED_SHARE))
+        logs = [(f"seed {s}", run_seed(exp, bench, runtime, workload, s, capped, wanted)) for s in config["seeds"]]
+        if capped:
+            swaps.write_log(exp.out.parent / "pressure.log", logs)
+            uncontended(exp, bench, runtime, workload)
+            for hinted in (False, True):
+                think(exp, bench, runtime, workload, hinted, wanted)
+
+
+def run_seed(
+    exp: harness.Experiment,
+    bench: Bench,
+    runtime: djinn.Runtime,
+    workload: Workload,
+    seed: int,
+    capped: bool,
+    wanted: list[list[int]],
+) -> list[Any]:
+    """Spawn everyone, two rounds of turns in the seed's order, and what the samples say of it.
+
+    Returns the pager's events.
+    """
+    dims = {"seed": seed, "method": "djinn"}
+    runtime.events.clear()
+    bench.device.synchronize()
+    origin = bench.device.event(timing=True)
+    origin.record(bench.device.current_stream())
+    begin_s = time.perf_counter()
+    with MemoryTrace(exp, seed=seed, method="djinn", runtime=runtime) as trace:
+        tenants = spawn_all(exp, bench, workload, trace, dims)
+        trace.phase = "resume"
+        pressure.take_rounds(exp, workload, tenants, seed, exp.config["callers"], dims)
+        bench.device.synchronize()
+        total_s = time.perf_counter() - begin_s
+    if capped:
+        settle(tenants)
+    events = list(runtime.events)
+    exp.result.sample("total_s", total_s, "s", **dims)
+    complete = sum(tenant.tokens == wanted[tenant.number] for tenant in tenants)
+    exp.result.sample("completed_sessions", complete, "sessions", **dims)
+    exp.result.sample("sessions_at_cap", len(tenants), "sessions", **dims)
+    exp.result.check(f"tokens_equal_seed_{seed}", complete == workload.sessions)
+    swaps.record(exp, events, origin, dims)
+    if capped:
+        check_cap(exp, trace, seed)
+        check_evicted(exp, seed)
+    close_all(tenants)
+    return events
+
+
+def settle(tenants: list[ServedTenant]) -> None:
+    """Wait for the write-backs that the last pauses began; they are not part of the time."""
+    for tenant in tenants:
+        tenant.session.wait_until("clean", RELEASE_TIMEOUT_S)
+
+
+def spawn_all(
+    exp: harness.Experiment, bench: Bench, workload: Workload, trace: MemoryTrace, dims: dict[str, Any]
+) -> list[ServedTenant]:
+    """Everyone prefilled and paused. The device is not waited for: write-backs run beside the next prefill."""
+    tenants = []
+    for number in exp.progress.track(range(workload.sessions), f"seed {dims['seed']}: spawn"):
+        begin_s = time.perf_counter()
+        tenant = ServedTenant(number, workload, bench)
+        tenant.spawn(workload.prompt(number, bench.stock))
+        tenants.append(tenant)
+        exp.result.sample("spawn_ms", (time.perf_counter() - begin_s) * 1e3, "ms", **dims)
+        trace.opened(len(tenants))
+    return tenants
+
+
+def close_all(tenants: list[ServedTenant]) -> None:
+    for tenant in tenants:
+        tenant.close()
+    tenants.clear()
+
+
+def check_cap(exp: harness.Experiment, trace: MemoryTrace, seed: int) -> None:
+    """No sample above the cap, and a flat line once it is reached."""
+    peak_bytes, cap_bytes = trace.peak_bytes, exp.config["cap_bytes"]
+    exp.result.check(f"under_cap_seed_{seed}", NOT_APPLICABLE if peak_bytes is None else peak_bytes <= cap_bytes)
+    exp.result.sample("peak_device_bytes", peak_bytes or 0, "bytes", seed=seed, method="djinn")
+    slope, error = slope_after_cap(exp, seed)
+    exp.result.sample("slope_bytes_per_session", slope, "bytes/session", seed=seed, method="djinn")
+    exp.result.sample("slope_error_bytes_per_session", error, "bytes/session", seed=seed, method="djinn")
+    # within noise: twice its standard error, or a hundredth of what a session adds where nothing is evicted
+    flat = abs(slope) <= max(2 * error, 0.01 * exp.config["session_kv_bytes"])
+    exp.result.check(f"flat_after_cap_seed_{seed}", flat, gate=False)
+
+
+def slope_after_cap(exp: harness.Experiment, seed: int) -> tuple[float, float]:
+    """Least-squares slope of device memory over open sessions while they spawn, once their demand passes the cap."""
+    config = exp.config
+    fits = (config["cap_bytes"] - config["weights_bytes"]) // config["session_kv_bytes"]
+    source = "nvml" if exp.is_gpu else "ledger"
+    rows = [
+        (row["sessions"], row["value"])
+        for row in exp.result.samples
+        if row["metric"] == "device_bytes"
+        and row.get("source") == source
+        and row.get("seed") == seed
+        and row["variant"] == "rounds"
+        and row["phase"] == "spawn"
+        and row["sessions"] > fits
+    ]
+    if len({sessions for sessions, _ in rows}) < 3:
+        raise harness.Outcome("inconclusive", f"{len(rows)} memory samples after the cap was reached are too few")
+    x, y = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
+    x = x - x.mean()
+    slope = float((x * y).sum() / (x * x).sum())
+    residual = y - y.mean() - slope * x
+    error = float(np.sqrt((residual**2).sum() / max(1, len(x) - 2) / (x * x).sum()))
+    return slope, error
+
+
+def check_evicted(exp: harness.Experiment, seed: int) -> None:
+    """At least what does not fit had to leave."""
+    evicted = sum(
+        row["value"] for row in exp.result.samples if row["metric"] == "evicted_bytes" and row.get("seed") == seed
+    )
+    shortfall = exp.config["demand_bytes"] - exp.config["cap_bytes"]
+    exp.result.check(f"evicted_at_least_demand_minus_cap_seed_{seed}", evicted >= shortfall)
+
+
+def uncontended(exp: harness.Experiment, bench: Bench, runtime: djinn.Runtime, workload: Workload) -> None:
+    """What `ready_ms` is when nobody else is there: one session, off the device at each resume."""
+    tenant = ServedTenant(0, workload, bench)
+    tenant.spawn(workload.prompt(0, bench.stock))
+    session = tenant.session
+    for repeat in range(exp.config["uncontended_repeats"]):
+        session.wait_until("clean", RELEASE_TIMEOUT_S)
+        runtime.evict(session)
+        bench.device.synchronize()
+        times = tenant.turn()
+        exp.result.sample("ready_ms", times.ready_ms, "ms", method="djinn_uncontended", warmup=repeat == 0)
+    tenant.close()
+
+
+def think(
+    exp: harness.Experiment,
+    bench: Bench,
+    runtime: djinn.Runtime,
+    workload: Workload,
+    hinted: bool,
+    wanted: list[list[int]],
+) -> None:
+    """Sessions think between turns, for seeded log-normal times; who is told when, finds its state resident."""
+    variant = "think_hinted" if hinted else "think"
+    settings = exp.config["think"]
+    draws = np.random.default_rng(settings["seed"]).lognormal(
+        np.log(settings["median_s"]), settings["sigma"], (workload.rounds, workload.sessions)
+    )
+    dims = {"seed": settings["seed"], "method": "djinn", "variant": variant}
+    tenants = [ServedTenant(number, workload, bench) for number in range(workload.sessions)]
+    due: list[tuple[float, int, int]] = []
+    for tenant in exp.progress.track(tenants, f"{variant}: spawn"):
+        pause_s = float(draws[0, tenant.number])
+        tenant.expected_resume_s = pause_s if hinted else None
+        tenant.spawn(workload.prompt(tenant.number, bench.stock))
+        heapq.heappush(due, (time.monotonic() + pause_s, 0, tenant.number))
+    condition = threading.Condition()
+    busy = 0
+
+    def serve() -> None:
+        nonlocal busy
+        with torch.inference_mode():
+            while True:
+                with condition:
+                    while due and due[0][0] > time.monotonic():
+                        condition.wait(due[0][0] - time.monotonic())
+                    if not due:
+                        if not busy:
+                            condition.notify_all()
+                            return
+                        condition.wait()
+                        continue
+                    _, turn, number = heapq.heappop(due)
+                    busy += 1
+                tenant, last = tenants[number], turn + 1 == workload.rounds
+                pause_s = 0.0 if last else float(draws[turn + 1, number])
+                tenant.expected_resume_s = None if last or not hinted else pause_s
+                times = tenant.turn()
+                with condition:
+                    busy -= 1
+                    exp.result.sample("found_resident", float(tenant.found_resident), "share", **dims)
+                    exp.result.sample("ready_ms", times.ready_ms, "ms", **dims)
+                    exp.result.sample("next_token_ms", times.next_token_ms, "ms", **dims)
+                    if not last:
+                        heapq.heappush(due, (time.monotonic() + pause_s, turn + 1, number))
+                    condition.notify_all()
+
+    with ThreadPoolExecutor(exp.config["callers"]) as pool:
+        for future in [pool.submit(serve) for _ in range(exp.config["callers"])]:
+            future.result()
+    share = np.mean(
+        [r["value"] for r in exp.result.samples if r["metric"] == "found_resident" and r["variant"] == variant]
+    )
+    logging.getLogger("djinn.experiment").info(
+        "%s: %.1f %% of resumes found their state resident", variant, 100 * share
+    )
+    exp.result.check(f"tokens_equal_{variant}", all(t.tokens == wanted[t.number] for t in tenants))
+    close_all(tenants)

@@ -1,0 +1,140 @@
+"""What every system of the pressure experiment does: the same sessions, the same order, the same tokens.
+
+Each session prefills its own prompt to the end and stops after layer L of its next token, so that its whole KV cache
+is live. Then all take turns in a seeded random order: resume, a few tokens, stop in the next one again, pause. A
+turn's tokens are compared with a stock model that never paused.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The demand. Prompts depend on the session's number only, orders on the seed and the round."""
+
+    sessions: int
+    prompt_tokens: int
+    turn_tokens: int
+    rounds: int
+    layer: int
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Workload:
+        return cls(**{name: config[name] for name in ("sessions", "prompt_tokens", "turn_tokens", "rounds", "layer")})
+
+    @property
+    def max_length(self) -> int:
+        """The longest a session gets: the prompt, one token, its turns, and the token that it stops in."""
+        return self.prompt_tokens + self.turn_tokens * (self.rounds + 1) + 2
+
+    def prompt(self, session: int, model: PreTrainedModel) -> torch.Tensor:
+        """Token ids [1, prompt_tokens], where the model is."""
+        generator = torch.Generator().manual_seed(10_000 + session)
+        ids = torch.randint(0, model.config.vocab_size, (1, self.prompt_tokens), generator=generator)
+        return ids.to(model.device)
+
+    def order(self, seed: int, round_index: int) -> list[int]:
+        """Who takes a turn after whom."""
+        generator = torch.Generator().manual_seed(1_000 * seed + round_index)
+        return torch.randperm(self.sessions, generator=generator).tolist()
+
+    def kv_bytes(self, config: Any, dtype: torch.dtype) -> int:
+        """KV bytes of one session as it pauses for the first time, its prompt prefilled."""
+        return (
+            self.prompt_tokens
+            * 2
+            * config.num_hidden_layers
+            * config.num_key_value_heads
+            * config.head_dim
+            * (dtype.itemsize)
+        )
+
+
+@dataclass
+class TurnTimes:
+    """One turn, from the call of resume: when layer L+1 could start, and when the next logits were there."""
+
+    ready_ms: float
+    next_token_ms: float
+
+
+class Tenant(ABC):
+    """One session in one system. `tokens` holds what it has said so far, to compare."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.tokens: list[int] = []
+
+    @abstractmethod
+    def spawn(self, prompt: torch.Tensor) -> None:
+        """Prefill, choose the first token, stop after layer L of its pass, pause."""
+
+    @abstractmethod
+    def turn(self) -> TurnTimes:
+        """Resume, `turn_tokens` tokens, stop in the next one, pause."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give up what the session holds."""
+
+
+def reference_tokens(model: PreTrainedModel, workload: Workload, session: int) -> list[int]:
+    """What an unpaused stock model says to a session's prompt, with its stock cache."""
+    prompt = workload.prompt(session, model)
+    count = 1 + workload.turn_tokens * workload.rounds
+    out = model.generate(prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
+    return out[0, prompt.shape[1] :].tolist()
+
+
+def run_turns(tenants: list[Tenant], order: list[int], callers: int, done: Callable[[Tenant, TurnTimes], None]) -> None:
+    """Give everyone in `order` a turn, `callers` of them at a time; `done` is called under a lock.
+
+    With more than one caller, a session is brought back while another computes.
+    """
+    lock = threading.Lock()
+    pending: Iterator[int] = iter(order)
+
+    def work() -> None:
+        with torch.inference_mode():
+            while True:
+                with lock:
+                    number = next(pending, None)
+                if number is None:
+                    return
+                times = tenants[number].turn()
+                with lock:
+                    done(tenants[number], times)
+
+    with ThreadPoolExecutor(callers) as pool:
+        for future in [pool.submit(work) for _ in range(callers)]:
+            future.result()
+
+
+class Timer:
+    """Milliseconds from the call of `start` to device events, on a stream that never has other work."""
+
+    def __init__(self, device: Any) -> None:
+        self.device = device
+        self.stream = device.stream()
+        self.began = device.event(timing=True)
+
+    def start(self) -> None:
+        """Begin; the stream is idle, so the event is done at once."""
+        self.began.record(self.stream)
+        self.begin_s = time.perf_counter()
+
+    def until(self, event: Any) -> float:
+        """Milliseconds from `start` to `event`, once it has happened; not below zero."""
+        event.synchronize()
+        return max(0.0, self.began.elapsed_time(event))
