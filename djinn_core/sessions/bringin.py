@@ -125,7 +125,7 @@ class BringIn:
             while True:
                 steps = {layer: self._plan_layer(layer) for layer in self.order}
                 flat = [step for row in steps.values() for step in row]
-                if not any(step.block.loading or (step.source and step.source.loading) for step in flat):
+                if not any(self._in_motion(step.source or step.block) for step in flat):
                     break
                 lock.wait()
             for step in flat:
@@ -136,6 +136,10 @@ class BringIn:
                     step.lender.pins += 1
             self._claim_tails()
         return steps
+
+    def _in_motion(self, block: Block) -> bool:
+        """Another session is loading it, or taking it off the device."""
+        return block.loading or any(place.moving for place in block.places)
 
     def _plan_layer(self, layer: int) -> list[Step]:
         holding, layout = self.holding, self.holding.layout

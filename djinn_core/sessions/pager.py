@@ -604,22 +604,29 @@ class Pager:
         return True
 
     def _unmap(self, holding: Holding, blocks: Sequence[Block]) -> None:
-        """Unmap here, and give back what is mapped nowhere else. `moving`, or the caller's ownership, protects it."""
+        """Unmap here, and give back what is mapped nowhere else. Nobody borrows or copies from here meanwhile."""
         if not blocks:
             return
-        self._settle_device(holding)
-        holding.region.unmap([block.offset for block in blocks])
-        free: list[Extent] = []
         with self.lock:
-            for block in blocks:
-                del holding.mapped[block.offset]
-                block.places.discard(holding)
-                if not block.places:
-                    free.append(block.device)
-                    block.device = None
-                    block.ready = None
-            holding.table.writable_until = 0
-            self.lock.notify_all()
+            self.lock.wait_for(lambda: not holding.draining and not holding.pins)
+            before, holding.moving = holding.moving, True
+        free: list[Extent] = []
+        try:
+            self._settle_device(holding)
+            holding.region.unmap([block.offset for block in blocks])
+            with self.lock:
+                for block in blocks:
+                    del holding.mapped[block.offset]
+                    block.places.discard(holding)
+                    if not block.places:
+                        free.append(block.device)
+                        block.device = None
+                        block.ready = None
+                holding.table.writable_until = 0
+        finally:
+            with self.lock:
+                holding.moving = before
+                self.lock.notify_all()
         for extent in free:
             self.pool.give_back(extent)
 
