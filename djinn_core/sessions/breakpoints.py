@@ -11,7 +11,7 @@ from djinn_core.errors import BreakpointError
 class Breakpoint:
     """Stop after `layer` of the pass that takes generated token `token` as its input.
 
-    Layers count from 1: `layer` is how many have been executed, so the number of layers itself means after the last one,
+    Layers count from 1: `layer` is how many have been executed; the number of layers itself means after the last one,
     before the norm. Tokens count from 0, the first that `generate` chooses. The prefill's own breakpoints are
     `session.forward(ids, stop_after=layer)`.
     """

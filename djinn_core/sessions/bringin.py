@@ -65,7 +65,9 @@ class BringIn:
             reach  # tokens that each layer must be able to hold; more than it holds means that it is appended to
         )
         self.prefetch = prefetch
-        self.issued = bytearray(holding.layout.layers)
+        self.issued = bytearray(b"\1" * holding.layout.layers)
+        for layer in order:
+            self.issued[layer] = 0
         self.copied = bytearray(holding.layout.layers)
         self.begun = pager.device.event(timing=True)
         self.restored = pager.device.event(timing=True)
@@ -119,7 +121,7 @@ class BringIn:
     # the plan
 
     def _plan(self) -> dict[int, list[Step]]:
-        """What to map, by layer; blocks and lenders in it are claimed. Waits while another session loads one of them."""
+        """What to map, by layer, with blocks and lenders claimed. Waits while another session moves one of them."""
         lock = self._pager.lock
         with lock:
             while True:
@@ -237,7 +239,7 @@ class BringIn:
                 arrival.record(stream)
                 self.copied[layer] = 1
             if self.copied[layer] and any(step.source for step in row):
-                arrival.synchronize()  # a copy takes its source's place, and the lender's pin ends, only when it is whole
+                arrival.synchronize()  # the copy takes its source's place, so it must be whole
         except DeviceError:
             with contextlib.suppress(DeviceError):  # a failure of what was issued is the one being handled
                 stream.synchronize()

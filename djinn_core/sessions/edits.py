@@ -114,7 +114,7 @@ class _Valued(Edit):
 
 @dataclass(frozen=True, eq=False)
 class Add(_Valued):
-    """hidden + tensor: a steering vector [hidden], or one per position [positions, hidden], or [B, positions, hidden]."""
+    """hidden + tensor: a steering vector [hidden], one per position [positions, hidden], or [B, positions, hidden]."""
 
     def apply(self, hidden: torch.Tensor) -> torch.Tensor:
         places = _places(self.positions, hidden.shape[1], "Add")

@@ -27,6 +27,7 @@ class Holding:
         pass_done: recorded on the compute stream when a pass has been issued.
         arrival: for each layer, recorded behind what was last brought in for it.
         jobs: bring-ins under way, or whose copies a pass may still have to wait for.
+        deferred: a bring-in that begins when the pass under way has been issued.
         queued, draining: a write-back is wanted, or under way.
         moving: its memory is being unmapped.
         reading: the boundary that the last resume copied in, and the event after which that is done.
@@ -45,6 +46,7 @@ class Holding:
         self.pass_done = device.event()
         self.arrival = [device.event() for _ in range(layout.layers)]
         self.jobs: list[BringIn] = []
+        self.deferred: BringIn | None = None
         self.queued = self.draining = self.moving = self.release = False
         self.pins = 0
         self.last_use_s = time.monotonic()
@@ -89,6 +91,11 @@ class Holding:
     def own_device_bytes(self) -> int:
         """What its leaving would free."""
         return sum(block.size_bytes for block in self.mapped.values() if len(block.places) == 1)
+
+    def start_of(self, first: int, new: int) -> int:
+        """The length at the beginning of a pass over `new` tokens that enters at layer `first`."""
+        lengths = self.table.lengths
+        return lengths[first] if first < len(lengths) else lengths[0] - new
 
     def is_resident(self) -> bool:
         """Every block of the lineage is mapped here."""

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from djinn_core.models.boundary import PassStopped
-from djinn_core.sessions.edits import Edit, apply_edits
+from djinn_core.sessions.edits import apply_edits
+from djinn_core.sessions.inputs import EditsByLayer
 
 if TYPE_CHECKING:
     from djinn_core.device.base import Stream
     from djinn_core.sessions.bringin import BringIn
-
-EditsByLayer = Mapping[int, Sequence[Edit]]
 
 
 class Control:

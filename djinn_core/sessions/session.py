@@ -20,12 +20,14 @@ import torch
 from djinn_core.errors import BreakpointError, EditError, SessionStateError, UsageError
 from djinn_core.models.boundary import RUNNING, PassStopped
 from djinn_core.sessions.breakpoints import Breakpoint, check_breakpoint, check_layer
-from djinn_core.sessions.checkpoint import Boundary, Checkpoint, PassInputs, Story
-from djinn_core.sessions.edits import Edit, apply_edits, check_edits
+from djinn_core.sessions.checkpoint import Checkpoint, PassInputs, Story
+from djinn_core.sessions.edits import Edit, apply_edits
+from djinn_core.sessions.entrance import enter_boundary, keep_boundary, load_boundary
 from djinn_core.sessions.generation import Chooser
 from djinn_core.sessions.holding import Holding
+from djinn_core.sessions.inputs import NO_EDITS, EditsByLayer, edits_by_layer, make_inputs
 from djinn_core.sessions.kvcache import SessionCache, attention_windows
-from djinn_core.sessions.passes import Control, EditsByLayer
+from djinn_core.sessions.passes import Control
 from djinn_core.sessions.sampling import Sampling
 from djinn_core.sessions.staging import Slot
 from djinn_core.sessions.state import SessionState, refusal
@@ -39,7 +41,6 @@ if TYPE_CHECKING:
     from djinn_core.sessions.pager import Pager
 
 GREEDY = Sampling()
-NO_EDITS: EditsByLayer = {}
 
 
 class Session:
@@ -156,7 +157,7 @@ class Session:
             if stop_after is not None:
                 check_layer(stop_after, self._layers)
             inputs = self._inputs(input_ids, attention_mask)
-            by_layer = self._edits_by_layer(edits, stop_after, inputs.ids.shape[1])
+            by_layer = self._edits(edits, stop_after, inputs.ids.shape[1])
             story = replace(self._story, pending=None, unfinished=None)
             return self._run(story, inputs, 0, stop_after, by_layer)
 
@@ -217,53 +218,13 @@ class Session:
         self._run(replace(self._story, pending=None), inputs, 0, stop, NO_EDITS)
 
     def _inputs(self, ids: torch.Tensor, mask: torch.Tensor | None) -> PassInputs:
-        """The inputs of a pass over the pending token and `ids`, on the device."""
-        device, story = self._pager.device.torch_device, self._story
-        if ids.ndim != 2 or ids.shape[0] != self.batch_size or ids.dtype not in (torch.int64, torch.int32):
-            raise UsageError(
-                f"input_ids are {ids.dtype} of shape {tuple(ids.shape)}; the session takes whole numbers of "
-                f"[{self.batch_size}, T]"
-            )
-        if mask is not None and mask.shape != ids.shape:
-            raise UsageError(
-                f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}; give equal ones"
-            )
-        ids = ids.to(device)
-        if story.pending is not None:
-            ids = torch.cat([story.pending, ids], dim=1)
-        new = ids.shape[1]
-        if not new:
-            raise UsageError("input_ids are empty")
-        if self.length + new > self.max_length:
-            raise SessionStateError(
-                f"session {self.id} holds {self.length} tokens and was opened for {self.max_length}; {new} more do not "
-                "fit: open one with a larger max_length"
-            )
-        if story.mask is None and (mask is None or bool(mask.all())):
-            return PassInputs(ids, None, None)
-        before = story.mask if story.mask is not None else torch.ones((ids.shape[0], self.length), dtype=torch.long)
-        added = torch.ones(ids.shape, dtype=torch.long, device=device)
-        if mask is not None:
-            added[:, new - mask.shape[1] :] = mask.to(device)
-        whole = torch.cat([before.to(device), added], dim=1)
-        positions = (whole.cumsum(-1) - 1).masked_fill(whole == 0, 0)[:, -new:]
-        return PassInputs(ids, whole, positions if self._has_positions else None)
+        inputs = make_inputs(self._holding, self._story, ids, mask, self._pager.device.torch_device)
+        return inputs if self._has_positions else replace(inputs, positions=None)
 
-    def _edits_by_layer(
+    def _edits(
         self, edits: Sequence[Edit] | Mapping[int, Sequence[Edit]], stop: int | None, tokens: int
     ) -> EditsByLayer:
-        if not edits:
-            return NO_EDITS
-        if not isinstance(edits, Mapping):
-            if stop is None:
-                raise EditError("edits without stop_after need a layer each: give a mapping {layer: [edit, …]}")
-            edits = {stop: edits}
-        shape = (self.batch_size, tokens, self._hidden)
-        for layer in edits:
-            check_layer(layer, self._layers)
-            if stop is not None and layer > stop:
-                raise EditError(f"an edit after layer {layer} never happens in a pass that stops after layer {stop}")
-        return {layer: check_edits(given, shape, self._holding.layout.dtype) for layer, given in edits.items()}
+        return edits_by_layer(edits, stop, tokens, self._holding.layout, self._hidden)
 
     def _run(
         self,
@@ -280,9 +241,10 @@ class Session:
         """One pass of layers `first` to `stop`; the session has moved on only when it returns."""
         pager, holding, last = self._pager, self._holding, stop or self._layers
         new = inputs.ids.shape[1]
-        boundary = None if stop is None else self._boundary(new)
-        out = None
+        boundary = out = None
         try:
+            if stop is not None:
+                boundary = self._boundary(new)
             if not claimed:
                 pager.claim(holding, first, last, new)
             control = Control(
@@ -292,9 +254,9 @@ class Session:
                 pager.device.current_stream(),
                 enter=enter,
                 edits=edits,
-                keep=lambda hidden: self._keep(boundary, hidden),
+                keep=lambda hidden: keep_boundary(pager, boundary, hidden),
             )
-            out = self._call(control, inputs, self._start_of(first, new))
+            out = self._call(control, inputs, holding.start_of(first, new))
         except BaseException:
             pager.abandon(holding)
             if boundary is not None:
@@ -312,11 +274,6 @@ class Session:
         self.stopped = Checkpoint(stop, boundary, inputs, holding.table.copy(), self._story, applied)
         pager.add_checkpoint(holding, self.stopped)
         return self.stopped
-
-    def _start_of(self, first: int, new: int) -> int:
-        """The length at the beginning of the pass that enters at layer `first`."""
-        lengths = self._holding.table.lengths
-        return lengths[first] if first < self._layers else lengths[0] - new
 
     def _call(self, control: Control, inputs: PassInputs, start: int) -> torch.Tensor | None:
         """The model's own forward; None when the control stopped it."""
@@ -338,19 +295,6 @@ class Session:
         finally:
             self._cache.end()
             RUNNING.reset(token)
-
-    def _boundary(self, tokens: int) -> Boundary:
-        """Room on the host for a boundary, before the pass begins, so that a full host stops nothing half-way."""
-        shape = torch.Size((self.batch_size, tokens, self._hidden))
-        boundary = Boundary(shape, self._holding.layout.dtype, self._pager.device.event())
-        boundary.host = self._pager.tiers.allocate(boundary.size_bytes, self.id)
-        return boundary
-
-    def _keep(self, boundary: Boundary, hidden: torch.Tensor) -> None:
-        """Write the boundary to the host, asynchronously; the device copy stays until that is complete."""
-        hidden = hidden.contiguous()
-        self._pager.staging.store(hidden, boundary.host.tensor[: boundary.size_bytes], boundary.written)
-        boundary.device = hidden
 
     # pausing and resuming
 
@@ -429,24 +373,24 @@ class Session:
     ) -> torch.Tensor | Checkpoint:
         pager, holding = self._pager, self._holding
         trace = Trace(pager.device, begun_s)
-        slot = self._load_boundary(place.boundary, trace)
+        slot = load_boundary(pager, holding, place.boundary, trace)
         entered = False
 
         def enter(hidden: torch.Tensor) -> torch.Tensor:
             nonlocal entered
             entered = True
-            out = self._enter(place.boundary, slot)
+            out = enter_boundary(pager, place.boundary, slot)
             return apply_edits(by_layer.get(place.layer, ()), out)
 
         try:
             trace.mark("boundary issued")
             if stop_after is not None and check_layer(stop_after, self._layers) <= place.layer:
                 raise BreakpointError(
-                    f"the pass has been executed to layer {place.layer}; it cannot stop after layer {stop_after} any more"
+                    f"the pass has been executed to layer {place.layer}; it cannot stop after {stop_after} any more"
                 )
             given = edits if isinstance(edits, Mapping) or not edits else {place.layer: edits}
             tokens = place.inputs.ids.shape[1]
-            by_layer = self._edits_by_layer(given, stop_after, tokens)
+            by_layer = self._edits(given, stop_after, tokens)
             if by_layer and min(by_layer) < place.layer:
                 raise EditError(
                     f"layer {min(by_layer)} lies before the checkpoint, which stands after layer {place.layer}"
@@ -466,45 +410,6 @@ class Session:
         trace.mark("pass issued")
         self.trace = trace
         return out
-
-    def _load_boundary(self, boundary: Boundary, trace: Trace) -> Slot | torch.Tensor:
-        """Issue the boundary's copy to the device before anything else; the tensor itself when it is still there."""
-        pager = self._pager
-        there = boundary.device
-        if there is not None:
-            trace.ready.record(pager.device.current_stream())
-            return there
-        slot = pager.staging.take()
-        slot.start.record(pager.staging.urgent)
-        with boundary.lock:
-            host = boundary.host
-            boundary.readers += 1
-        try:
-            if host is None:
-                pager.tiers.fetch(boundary, self.id)
-                host = boundary.host
-            pager.staging.load(slot, host.tensor[: boundary.size_bytes])
-        except BaseException:
-            with boundary.lock:
-                boundary.readers -= 1
-            pager.staging.give_back(slot)
-            raise
-        self._holding.reading = (boundary, slot.ready)
-        trace.start, trace.ready = slot.start, slot.ready
-        return slot
-
-    def _enter(self, boundary: Boundary, slot: Slot | torch.Tensor) -> torch.Tensor:
-        """The boundary as the next layer's input, on the compute stream; the slot is given back behind it."""
-        if isinstance(slot, torch.Tensor):
-            return slot
-        compute = self._pager.device.current_stream()
-        try:
-            compute.wait_event(slot.ready)
-            hidden = slot.bytes[: boundary.size_bytes].view(boundary.dtype).view(boundary.shape).clone()
-            slot.free.record(compute)
-        finally:
-            self._pager.staging.give_back(slot)
-        return hidden
 
     def _stands_at(self, place: Checkpoint) -> bool:
         """The lineage is the checkpoint's own already."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ SESSION_BYTES = 4 * 64 << 10
 HALF = Scale(0.5)
 
 
-@lru_cache(maxsize=None)
+@cache
 def replay(passes: tuple[Pass, ...]) -> torch.Tensor:
     """The stock model's logits after these passes."""
     model = stock_model("llama", torch.float32)

@@ -1,0 +1,81 @@
+"""What a pass is given: ids, mask and positions, and the edits on its way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from djinn_core.errors import EditError, SessionStateError, UsageError
+from djinn_core.sessions.blocks import Layout
+from djinn_core.sessions.breakpoints import check_layer
+from djinn_core.sessions.checkpoint import PassInputs, Story
+from djinn_core.sessions.edits import Edit, check_edits
+from djinn_core.sessions.holding import Holding
+
+EditsByLayer = Mapping[int, Sequence[Edit]]
+NO_EDITS: EditsByLayer = {}
+
+
+def make_inputs(
+    holding: Holding, story: Story, ids: torch.Tensor, mask: torch.Tensor | None, device: torch.device
+) -> PassInputs:
+    """The inputs of a pass over the pending token and `ids` [B, T], on the device.
+
+    Positions are given only where something is padded, as `generate` does; else the model counts them itself.
+
+    Raises:
+        UsageError: shapes or dtypes do not fit the session.
+        SessionStateError: the session would grow past its longest length.
+    """
+    batch_size, longest, length = holding.layout.batch_size, holding.layout.max_length, min(holding.table.lengths)
+    if ids.ndim != 2 or ids.shape[0] != batch_size or ids.dtype not in (torch.int64, torch.int32):
+        raise UsageError(
+            f"input_ids are {ids.dtype} of shape {tuple(ids.shape)}; the session takes whole numbers of "
+            f"[{batch_size}, T]"
+        )
+    if mask is not None and mask.shape != ids.shape:
+        raise UsageError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}; give equal ones")
+    ids = ids.to(device)
+    if story.pending is not None:
+        ids = torch.cat([story.pending, ids], dim=1)
+    new = ids.shape[1]
+    if not new:
+        raise UsageError("input_ids are empty")
+    if length + new > longest:
+        raise SessionStateError(
+            f"session {holding.id} holds {length} tokens and was opened for {longest}; {new} more do "
+            "not fit: open one with a larger max_length"
+        )
+    if story.mask is None and (mask is None or bool(mask.all())):
+        return PassInputs(ids, None, None)
+    before = story.mask if story.mask is not None else torch.ones((ids.shape[0], length), dtype=torch.long)
+    added = torch.ones(ids.shape, dtype=torch.long, device=device)
+    if mask is not None:
+        added[:, new - mask.shape[1] :] = mask.to(device)
+    whole = torch.cat([before.to(device), added], dim=1)
+    positions = (whole.cumsum(-1) - 1).masked_fill(whole == 0, 0)[:, -new:]
+    return PassInputs(ids, whole, positions)
+
+
+def edits_by_layer(
+    edits: Sequence[Edit] | Mapping[int, Sequence[Edit]], stop: int | None, tokens: int, layout: Layout, hidden: int
+) -> EditsByLayer:
+    """Edits by the layer after which they happen, each checked against the boundary there.
+
+    Raises:
+        EditError: one does not fit, or could not happen.
+        BreakpointError: its layer does not exist.
+    """
+    if not edits:
+        return NO_EDITS
+    if not isinstance(edits, Mapping):
+        if stop is None:
+            raise EditError("edits without stop_after need a layer each: give a mapping {layer: [edit, …]}")
+        edits = {stop: edits}
+    shape = (layout.batch_size, tokens, hidden)
+    for layer in edits:
+        check_layer(layer, layout.layers)
+        if stop is not None and layer > stop:
+            raise EditError(f"an edit after layer {layer} never happens in a pass that stops after layer {stop}")
+    return {layer: check_edits(given, shape, layout.dtype) for layer, given in edits.items()}

@@ -1,0 +1,162 @@
+"""Lineages: who refers to which blocks, when sessions go back, branch and end.
+
+Invariant: before a block leaves its last place on the device, the host has all that any holder can see. What nobody
+holds any more is given up at once, in every tier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from djinn_core.errors import DeviceError, DjinnError
+from djinn_core.sessions.admission import admit
+from djinn_core.sessions.blocks import Block
+from djinn_core.sessions.checkpoint import Boundary, Checkpoint
+from djinn_core.sessions.holding import Holding
+from djinn_core.sessions.room import Room
+from djinn_core.sessions.state import SessionState, transition
+from djinn_core.sessions.writeback import write_back
+
+
+class Lineages(Room):
+    """Going back, branching and closing."""
+
+    def close_session(self, holding: Holding) -> None:
+        """Give up everything that only this session holds. Waits for its transfers to end."""
+        holding.wait_issued(cancel=True)
+        with self.lock:
+            transition(holding.id, holding.state, SessionState.CLOSED, "be closed")
+            self.lock.wait_for(lambda: not (holding.draining or holding.moving or holding.pins))
+            holding.moving = True
+        try:
+            self._take_all(holding)
+        except DjinnError:  # it is as it was, and can be closed again
+            with self.lock:
+                holding.moving = False
+                self.lock.notify_all()
+            raise
+        for checkpoint in list(holding.checkpoints):
+            self.drop_checkpoint(holding, checkpoint)
+        with self.lock:
+            gone = holding.table.assign([0] * holding.layout.layers, [[] for _ in range(holding.layout.layers)])
+            for block in gone:
+                if not block.holders:
+                    self.tiers.discard(block)
+            del self.holdings[holding.id]
+            holding.moving = False
+            holding.go(SessionState.CLOSED, "be closed")
+            self.lock.notify_all()
+        holding.region.close()
+        self.log(holding, "close")
+
+    def _take_all(self, holding: Holding) -> None:
+        """Unmap all that a closing session has mapped, after saving what others still want of it."""
+        self._settle_device(holding)
+        try:
+            holding.done_reading()
+        except DeviceError as error:
+            self.log(holding, f"lost copy ({error})")
+        with self.lock:
+            shared = [b for b in holding.mapped.values() if len(b.places) == 1 and self._wanted_by_others(holding, b)]
+        if shared:
+            write_back_of_closing(self, holding, shared)
+        self._unmap(holding, list(holding.mapped.values()))
+
+    def _wanted_by_others(self, holding: Holding, block: Block) -> bool:
+        own = {id(holding.table), *(id(c.table) for c in holding.checkpoints)}
+        return any(id(table) not in own for table in block.holders) and block.host_valid_bytes < block.end_bytes()
+
+    def adopt(self, holding: Holding, checkpoint: Checkpoint) -> None:
+        """The lineage becomes the checkpoint's. Blocks that only others still want are written back and unmapped."""
+        with self.lock:
+            self.lock.wait_for(lambda: not holding.moving)
+            keep = {
+                block
+                for row, n in zip(checkpoint.table.blocks, checkpoint.table.lengths, strict=True)
+                for block in row[: holding.layout.count(n)]
+            }
+            leaving = [block for block in holding.mapped.values() if block not in keep]
+        if leaving:
+            self.displace(holding, leaving)
+        with self.lock:
+            gone = holding.table.assign(checkpoint.table.lengths, checkpoint.table.blocks)
+            for block in gone:
+                if not block.holders:
+                    self.tiers.discard(block)
+            self.lock.notify_all()
+
+    def displace(self, holding: Holding, blocks: list[Block]) -> None:
+        """Unmap `blocks` here; before the last place of one goes, the host has all that its holders can see."""
+        with self.lock:
+            own = holding.table
+            kept = [b for b in blocks if len(b.places) == 1 and any(table is not own for table in b.holders)]
+        if kept:
+            write_back(self, holding, kept)
+        with self.lock:
+            self.lock.wait_for(lambda: not (holding.draining or holding.moving or holding.pins))
+            holding.moving = True
+            there = [block for block in blocks if holding.mapped.get(block.offset) is block]
+        try:
+            self._unmap(holding, there)
+        finally:
+            with self.lock:
+                holding.moving = False
+                self.lock.notify_all()
+
+    def fork(self, holding: Holding) -> Holding:
+        """Another session with the same past: it shares every block, and has none mapped yet.
+
+        Raises:
+            OutOfDeviceMemory: the tiers could not hold both at their longest.
+        """
+        with self.lock:
+            admit(holding.layout, self.holdings.values(), self.pool, self.tiers)
+            twin = Holding(self.device, holding.layout)
+            twin.table = holding.table.copy()
+            twin.go(SessionState.PAUSED, "be forked")
+            twin.go(SessionState.SWAPPED, "be forked")
+            self.holdings[twin.id] = twin
+        self.log(twin, f"fork of {holding.id}")
+        return twin
+
+    def add_checkpoint(self, holding: Holding, checkpoint: Checkpoint) -> None:
+        with self.lock:
+            holding.checkpoints.append(checkpoint)
+            if checkpoint.boundary is not None:
+                checkpoint.boundary.refs += 1
+
+    def drop_checkpoint(self, holding: Holding, checkpoint: Checkpoint) -> None:
+        """Give up what only this checkpoint refers to."""
+        with self.lock:
+            holding.checkpoints.remove(checkpoint)
+            gone = checkpoint.table.assign([0] * holding.layout.layers, [[] for _ in range(holding.layout.layers)])
+            orphans = [block for block in gone if not block.holders]
+            boundary = checkpoint.boundary
+            if boundary is not None:
+                boundary.refs -= 1
+        if boundary is not None and not boundary.refs:
+            self._discard_boundary(boundary)
+        with self.lock:
+            for block in orphans:  # mapped ones belong to a table; these are off the device
+                self.tiers.discard(block)
+            self.lock.notify_all()
+
+    def _discard_boundary(self, boundary: Boundary) -> None:
+        if boundary.written is not None:
+            try:
+                boundary.written.synchronize()
+            except DeviceError as error:
+                self.log_id("-", f"lost copy ({error})")
+        boundary.device = None
+        with self.lock:
+            self.lock.wait_for(lambda: not boundary.readers)
+            self.tiers.discard(boundary)
+
+
+def write_back_of_closing(room: Room, holding: Holding, blocks: Iterable[Block]) -> None:
+    """A closing session's last copies, for those who share its blocks."""
+    holding.moving = False
+    try:
+        write_back(room, holding, blocks)
+    finally:
+        holding.moving = True

@@ -1,0 +1,227 @@
+"""Room on the device: extents, and who leaves when there are none. Whom, the policy says.
+
+Invariant: a running session's memory is never taken, and a paused one's only when it is clean. Extents for one pass are
+acquired together or not at all, and one caller acquires at a time, so that two cannot each hold half.
+
+Not taken: paging single blocks on demand. A session is wanted as a whole, and half of one on the device serves nobody.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from djinn_core.device.base import Device, Event
+from djinn_core.errors import DeviceError, DjinnError, OutOfDeviceMemory
+from djinn_core.memory.disktier import DiskTier
+from djinn_core.memory.extents import Extent, ExtentPool
+from djinn_core.memory.hosttier import HostTier
+from djinn_core.memory.ledger import Kind
+from djinn_core.sessions.blocks import Block
+from djinn_core.sessions.holding import Holding
+from djinn_core.sessions.pagerevents import EVENTS_KEPT, PagerEvent
+from djinn_core.sessions.policy import Candidate, ExpectedLast, Policy
+from djinn_core.sessions.staging import Staging
+from djinn_core.sessions.state import SessionState
+from djinn_core.sessions.tiers import Tiers
+from djinn_core.sessions.writeback import write_back
+
+
+class Room:
+    """The device memory of one runtime's sessions. Thread-safe.
+
+    Attributes:
+        lock: the condition that guards all holdings and blocks; notified on every change.
+        holdings: every open session's, by id.
+        h2d, d2h: the streams of the two directions.
+        events: what happened, oldest first, bounded.
+        on_event: called with each event, if set.
+    """
+
+    def __init__(
+        self, device: Device, pool: ExtentPool, host: HostTier, disk: DiskTier | None, policy: Policy | None
+    ) -> None:
+        self.device = device
+        self.pool = pool
+        self.policy: Policy = policy or ExpectedLast()
+        self.lock = threading.Condition()
+        self.holdings: dict[str, Holding] = {}
+        self.tiers = Tiers(self, host, disk)
+        self.staging = Staging(device, pool, self.acquire_one)
+        self.h2d = device.stream()
+        self.d2h = device.stream()
+        self.events: deque[PagerEvent] = deque(maxlen=EVENTS_KEPT)
+        self.on_event: Callable[[PagerEvent], None] | None = None
+        self._acquiring = threading.RLock()
+
+    def log(
+        self,
+        holding: Holding,
+        event: str,
+        size_bytes: int = 0,
+        seconds: float = 0.0,
+        copies: tuple[Event, Event] | None = None,
+    ) -> None:
+        self.log_id(holding.id, event, size_bytes, seconds, copies)
+
+    def log_id(
+        self,
+        session: str,
+        event: str,
+        size_bytes: int = 0,
+        seconds: float = 0.0,
+        copies: tuple[Event, Event] | None = None,
+    ) -> None:
+        entry = PagerEvent(time.perf_counter(), session, event, size_bytes, seconds * 1e3, copies)
+        self.events.append(entry)
+        if self.on_event is not None:
+            self.on_event(entry)
+
+    def evict(self, holding: Holding) -> bool:
+        """Take a paused session off the device, after writing back what is new. False when it is paused no more."""
+        while True:
+            with self.lock:
+                self.lock.wait_for(lambda: not holding.moving)
+                if holding.state is not SessionState.PAUSED or holding.pins:
+                    return holding.state is SessionState.SWAPPED
+                clean = holding.is_clean() and not holding.draining and not holding.being_brought
+                if clean:
+                    holding.moving = True
+            if clean:
+                break
+            holding.wait_issued()
+            write_back(self, holding, list(holding.mapped.values()))
+        begun_s = time.perf_counter()
+        size_bytes = holding.own_device_bytes
+        try:
+            self._settle_device(holding)
+            self._unmap(holding, list(holding.mapped.values()))
+        except DeviceError:
+            with self.lock:
+                holding.moving = False
+                self.lock.notify_all()
+            raise
+        with self.lock:
+            holding.moving = False
+            holding.jobs.clear()
+            holding.go(SessionState.SWAPPED, "leave the device")
+            self.lock.notify_all()
+        self.log(holding, "evict", size_bytes, time.perf_counter() - begun_s)
+        return True
+
+    def _unmap(self, holding: Holding, blocks: Sequence[Block]) -> None:
+        """Unmap here, and give back what is mapped nowhere else. Nobody borrows or copies from here meanwhile."""
+        if not blocks:
+            return
+        with self.lock:
+            self.lock.wait_for(lambda: not holding.draining and not holding.pins)
+            before, holding.moving = holding.moving, True
+        free: list[Extent] = []
+        try:
+            self._settle_device(holding)
+            holding.region.unmap([block.offset for block in blocks])
+            with self.lock:
+                for block in blocks:
+                    del holding.mapped[block.offset]
+                    block.places.discard(holding)
+                    if not block.places:
+                        free.append(block.device)
+                        block.device = None
+                        block.ready = None
+                holding.table.writable_until = 0
+        finally:
+            with self.lock:
+                holding.moving = before
+                self.lock.notify_all()
+        for extent in free:
+            self.pool.give_back(extent)
+
+    def _settle_device(self, holding: Holding) -> None:
+        """Nothing queued on the device touches this session's memory any more."""
+        for event in (holding.pass_done, *holding.arrival):
+            try:
+                event.synchronize()
+            except DeviceError as error:
+                self.log(holding, f"lost copy ({error})")
+
+    def acquire_one(self, size_bytes: int, kind: Kind, owner: str) -> Extent:
+        """One extent, after evicting paused sessions if need be."""
+        with self._acquiring:
+            while True:
+                try:
+                    return self.pool.acquire(size_bytes, kind, owner)
+                except OutOfDeviceMemory:
+                    if not self._make_room(size_bytes, None, None):
+                        raise
+
+    def acquire(self, holding: Holding, sizes: Sequence[int], limit_s: float | None = None) -> list[Extent]:
+        """Extents of all `sizes`, or none. Paused sessions make room; with `limit_s` only ones expected later.
+
+        Raises:
+            OutOfDeviceMemory: what is left belongs to running sessions; nothing changed for them.
+        """
+        got: list[Extent] = []
+        left = sum(sizes)
+        with self._acquiring:
+            try:
+                for size_bytes in sizes:
+                    while True:
+                        try:
+                            got.append(self.pool.acquire(size_bytes, Kind.KV, holding.id))
+                            break
+                        except OutOfDeviceMemory as error:
+                            if not self._make_room(left, holding, limit_s):
+                                raise OutOfDeviceMemory(
+                                    f"session {holding.id} needs {left:,} bytes more, and no other paused session can "
+                                    "leave the device; pause or close one and try again",
+                                    needed_bytes=left,
+                                    free_bytes=error.free_bytes,
+                                ) from error
+                    left -= size_bytes
+            except BaseException:
+                for extent in got:
+                    self.pool.give_back(extent)
+                raise
+        return got
+
+    def _make_room(self, needed_bytes: int, keep: Holding | None, limit_s: float | None) -> bool:
+        """Evict as the policy says until `needed_bytes` are free; False when nobody could leave."""
+        tried: set[str] = set()
+        freed_any = False
+        while self.pool.free_bytes < needed_bytes or not freed_any:
+            candidates = self._candidates(keep, limit_s, tried)
+            chosen = self.policy.choose(candidates, needed_bytes - self.pool.free_bytes, time.monotonic())
+            if not chosen:
+                break
+            for name in chosen:
+                tried.add(name)
+                holding = self.holdings.get(name)
+                if holding is not None:
+                    freed_any |= self._try_evict(holding)
+        return freed_any
+
+    def _try_evict(self, holding: Holding) -> bool:
+        self.log(holding, "chosen", holding.own_device_bytes)
+        try:
+            return self.evict(holding)
+        except DjinnError as error:  # it stays whole where it is; another one may leave instead
+            holding.trouble = error
+            self.log(holding, f"stays ({error})")
+            return False
+
+    def _candidates(self, keep: Holding | None, limit_s: float | None, tried: set[str]) -> list[Candidate]:
+        with self.lock:
+            return [
+                Candidate(h.id, h.own_device_bytes, h.is_clean(), h.last_use_s, h.expected_resume_s)
+                for h in self.holdings.values()
+                if h is not keep
+                and h.id not in tried
+                and h.state is SessionState.PAUSED
+                and h.mapped
+                and not h.moving
+                and not h.pins
+                and not h.being_brought
+                and (limit_s is None or h.expected_resume_s is None or h.expected_resume_s > limit_s)
+            ]

@@ -1,0 +1,129 @@
+"""Sessions on a GPU: the oracle in fp16, a CUDA graph across a swap, and memory that the driver sees go."""
+
+import copy
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from djinn_core.device import open_device
+from djinn_core.memory import ExtentPool, HostTier
+from djinn_core.models.boundary import NullProvider, install
+from djinn_core.models.stack import find_stack
+from djinn_core.sessions import Sessions
+from djinn_core.turn import Turn
+from tests.sessions.oracle import Oracle, prompt
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+MIB = 1 << 20
+LAYERS = 4
+CONFIG = LlamaConfig(
+    vocab_size=128,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=4096,
+)
+
+
+@pytest.fixture
+def rig():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    device = open_device("cuda:0")
+    torch.manual_seed(7)
+    stock = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.float16).eval().requires_grad_(False).cuda()
+    served = copy.deepcopy(stock)
+    install(served, find_stack(served), NullProvider(), Turn())
+    pool = ExtentPool(device, 1024 * MIB)
+    host = HostTier(device, 1024 * MIB)
+    sessions = Sessions(device, pool, host)
+    yield stock, served, device, sessions
+    sessions.close()
+    assert pool.held_bytes == 0 and host.held_bytes == 0
+    pool.close()
+    host.close()
+    device.close()
+    torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@pytest.mark.parametrize("release", [True, False])
+@pytest.mark.parametrize("layer", range(1, LAYERS + 1))
+def test_resume_equals_the_uninterrupted_run(rig, layer, release) -> None:
+    stock, served, _, sessions = rig
+    ids = prompt(tokens=300).cuda()
+    oracle = Oracle(stock)
+    first = oracle.forward(ids)
+    wanted = [first, *oracle.greedy(first, 3)]
+    session = sessions.open(served, max_length=400)
+    session.forward(ids, stop_after=layer)
+    session.pause(release=release)
+    if release:
+        session.wait_until("released", 10)
+    logits = session.resume()
+    assert torch.equal(logits, wanted[0])
+    for want in wanted[1:]:
+        stopped = session.forward(logits.float().argmax(-1)[:, None], stop_after=layer)
+        session.pause(release=release)
+        logits = session.resume(stopped)
+        assert torch.equal(logits, want)
+    session.close()
+
+
+def test_a_graph_replays_across_a_swap(rig) -> None:
+    """Attention over a session's KV, captured once: the addresses that it holds are good after the memory came back."""
+    _, served, device, sessions = rig
+    session = sessions.open(served, max_length=512)
+    session.forward(prompt(tokens=200).cuda())
+    keys = [layer._all_keys[:, :, :200] for layer in session._cache.layers]
+    values = [layer._all_values[:, :, :200] for layer in session._cache.layers]
+    query = torch.randn((1, 2, 1, 64), dtype=torch.float16, device="cuda")
+
+    def attend() -> torch.Tensor:
+        return torch.stack(
+            [torch.softmax(query @ k.transpose(-1, -2), -1) @ v for k, v in zip(keys, values, strict=True)]
+        )
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        wanted = attend()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend()
+    for _ in range(3):
+        session.pause(release=True)
+        session.wait_until("released", 10)
+        other = sessions.open(served, max_length=512)  # takes the extents that were given up
+        other.forward(prompt(tokens=300, seed=5).cuda())
+        session.resume()
+        session.wait_until("restored", 10)
+        out.zero_()
+        graph.replay()
+        device.synchronize()
+        assert torch.equal(out, wanted)
+        other.close()
+    session.close()
+
+
+def test_the_driver_sees_a_paused_session_go(rig) -> None:
+    _, served, device, sessions = rig
+    session = sessions.open(served, max_length=4096)
+    session.forward(prompt(tokens=4000).cuda())
+    device.synchronize()
+    held = session.device_bytes
+    before = device.used_bytes()
+    session.pause(release=True)
+    session.wait_until("released", 10)
+    deadline = time.monotonic() + 0.2
+    while before - device.used_bytes() < held and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert before - device.used_bytes() >= held
+    session.resume()
+    session.close()
