@@ -137,6 +137,7 @@ class Pager(Lineages):
     def settle(self, holding: Holding, first: int, last: int, new: int) -> None:
         """The pass has been issued: its layers hold `new` tokens more."""
         holding.pass_done.record(self.device.current_stream())
+        self._begin_deferred(holding)
         with self.lock:
             table = holding.table
             for layer in range(first, last):
@@ -147,6 +148,7 @@ class Pager(Lineages):
     def abandon(self, holding: Holding) -> None:
         """The pass failed: no layer holds more than before it."""
         holding.pass_done.record(self.device.current_stream())
+        self._begin_deferred(holding)
         with self.lock:
             holding.table.claimed = holding.table.writable_until = 0
         if holding.jobs:
@@ -216,12 +218,31 @@ class Pager(Lineages):
             finally:
                 self._settle_state(holding, None)
             return None
-        layers = range(holding.layout.layers)
-        order = [*range(first, len(layers)), *range(first)]
-        job = BringIn(self, holding, order, self._reach(holding.table, first, last, new))
+        layers, lengths = holding.layout.layers, holding.table.lengths
+        reach = self._reach(holding.table, first, last, new)
+        if first and not any(lengths[first:]):
+            return self._resume_behind(holding, first, reach)
+        job = BringIn(self, holding, [*range(first, layers), *range(first)], reach)
         holding.jobs.append(job)
         self._in.put(job)
         return job
+
+    def _resume_behind(self, holding: Holding, first: int, reach: list[int]) -> BringIn:
+        """For a pass whose layers hold nothing yet: map them now, in the shadow of the boundary's copy.
+
+        What lies before them comes when the pass has been issued, so that no thread takes the interpreter from it.
+        """
+        ahead = BringIn(self, holding, range(first, len(reach)), reach)
+        behind = BringIn(self, holding, range(first), reach)
+        ahead.run()
+        holding.jobs.append(behind)
+        holding.deferred = behind
+        return behind
+
+    def _begin_deferred(self, holding: Holding) -> None:
+        job, holding.deferred = holding.deferred, None
+        if job is not None:
+            self._in.put(job)
 
     def _forget(self, holding: Holding) -> None:
         """End earlier bring-ins, before another attempt: what is complete is forgotten, what failed is taken back."""

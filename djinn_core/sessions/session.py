@@ -22,7 +22,7 @@ from djinn_core.models.boundary import RUNNING, PassStopped
 from djinn_core.sessions.breakpoints import Breakpoint, check_breakpoint, check_layer
 from djinn_core.sessions.checkpoint import Checkpoint, PassInputs, Story
 from djinn_core.sessions.edits import Edit, apply_edits
-from djinn_core.sessions.entrance import enter_boundary, keep_boundary, load_boundary
+from djinn_core.sessions.entrance import enter_boundary, keep_boundary, load_boundary, reserve_boundary
 from djinn_core.sessions.generation import Chooser
 from djinn_core.sessions.holding import Holding
 from djinn_core.sessions.inputs import NO_EDITS, EditsByLayer, edits_by_layer, make_inputs
@@ -244,7 +244,7 @@ class Session:
         boundary = out = None
         try:
             if stop is not None:
-                boundary = self._boundary(new)
+                boundary = reserve_boundary(pager, holding, new, self._hidden)
             if not claimed:
                 pager.claim(holding, first, last, new)
             control = Control(
