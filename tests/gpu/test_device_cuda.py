@@ -128,7 +128,7 @@ def test_a_thread_that_nobody_bound_can_use_the_device(gpu):
 
 
 def test_errors_name_the_call_and_what_the_driver_says(gpu):
-    with pytest.raises(DeviceError, match=r"cuMemUnmap failed: CUDA_ERROR_\w+, \w+"):
-        gpu.unmap(gpu.granularity_bytes, gpu.granularity_bytes)
+    with pytest.raises(DeviceError, match=r"cuMemSetAccess failed: CUDA_ERROR_\w+, \w+"):
+        gpu.grant(gpu.granularity_bytes, gpu.granularity_bytes)
     with pytest.raises(DeviceError, match="cuMemHostUnregister"):
         gpu.unpin(4096, 4096)

@@ -24,17 +24,20 @@ class Djinn(Method):
     """A session of Djinn on the model that it serves."""
 
     name = "djinn"
+    _executed = 0  # layers that had run before the next resume
 
     def run_to(self, input_ids: torch.Tensor, layer: int, state: str) -> Handle:
         # user-code begin
         session = djinn.open_session(self.bench.served, max_length=self.bench.max_length)
         checkpoint = session.forward(input_ids, stop_after=layer)
         # user-code end
+        self._executed = sum(self.bench.served.djinn.executed)
         return Handle(session, checkpoint)
 
     def run_prefill(self, input_ids: torch.Tensor) -> Handle:
         session = djinn.open_session(self.bench.served, max_length=self.bench.max_length)
         session.forward(input_ids)
+        self._executed = sum(self.bench.served.djinn.executed)
         return Handle(session, session.checkpoint())
 
     def pause(self, handle: Handle) -> None:
@@ -46,17 +49,16 @@ class Djinn(Method):
         handle.session.wait_until("released", DRAIN_TIMEOUT_S)
 
     def resume(self, handle: Handle, next_ids: torch.Tensor | None = None) -> Resumed:
-        device = self.bench.device
-        done = device.event(timing=True)
-        before = sum(self.bench.served.djinn.executed)
         # user-code begin
         logits = handle.session.resume(handle.checkpoint)
         # user-code end
         if next_ids is not None:
             logits = handle.session.forward(next_ids)
+        device = self.bench.device
+        done = device.event(timing=True)
         done.record(device.current_stream())
-        executed = sum(self.bench.served.djinn.executed) - before
-        return Resumed(logits, handle.session.trace.ready, done, executed)
+        executed, self._executed = self._executed, sum(self.bench.served.djinn.executed)
+        return Resumed(logits, handle.session.trace.ready, done, self._executed - executed)
 
     def restored(self, handle: Handle) -> None:
         handle.session.wait_until("restored", DRAIN_TIMEOUT_S)
