@@ -41,7 +41,7 @@ from djinn_core.weights.plan import Residency
 
 if TYPE_CHECKING:
     from djinn_core.sessions import Policy, Session, SessionInfo, Sessions
-    from djinn_core.sessions.pager import PagerEvent
+    from djinn_core.sessions.pagerevents import PagerEvent
 
 HOST_SHARE = 0.8  # of the memory that the machine has free, when host_bytes is not given
 DEVICE_SHARE = 0.9  # of the memory that the GPU has free, when budget_bytes is not given

@@ -91,10 +91,14 @@ class HostTier:
         self._held_bytes = 0
         self._ahead_bytes = ahead_bytes
         self._closed = False
+        self._expected_bytes = 0
         self._ahead: threading.Thread | None = None
         if ahead_bytes:
-            self._ahead = threading.Thread(target=self._pin_ahead, name="djinn-pin-ahead", daemon=True)
-            self._ahead.start()
+            self._start_ahead()
+
+    def _start_ahead(self) -> None:
+        self._ahead = threading.Thread(target=self._pin_ahead, name="djinn-pin-ahead", daemon=True)
+        self._ahead.start()
 
     @property
     def held_bytes(self) -> int:
@@ -176,6 +180,21 @@ class HostTier:
                     )
                 self._grow(min(missing, self._slab_bytes, room_bytes), "prepare")
 
+    def expect(self, size_bytes: int) -> None:
+        """Pin in the background until slabs of `size_bytes` in all stand, used or not, as far as the budget goes.
+
+        Returns at once. What is not there yet when it is wanted is made then.
+        """
+        with self._lock:
+            if self._closed:
+                raise UsageError("the host tier is closed")
+            self._expected_bytes = size_bytes
+            if self._ahead is None or not self._ahead.is_alive():
+                if self._short_ahead():
+                    self._start_ahead()
+            else:
+                self._lock.notify_all()
+
     def close(self) -> None:
         """Give the slabs back. Refused while blocks are held."""
         with self._lock:
@@ -192,7 +211,8 @@ class HostTier:
         with self._lock:
             if self._closed:
                 raise UsageError("the host tier is closed")
-            for slab in sorted(self._slabs, key=lambda slab: slab.spans.free_bytes):  # fill the fullest first
+            roomy = [slab for slab in self._slabs if slab.spans.free_bytes >= size_bytes]
+            for slab in sorted(roomy, key=lambda slab: slab.spans.free_bytes):  # fill the fullest first
                 start = slab.spans.take(size_bytes)
                 if start is not None:
                     self._held_bytes += slab.spans.rounded(size_bytes)
@@ -283,9 +303,10 @@ class HostTier:
                     return
             try:
                 with self._growing:
-                    room_bytes = self.budget_bytes - self._mapped_bytes
-                    if self._ready_bytes() < self._ahead_bytes and room_bytes >= self._granularity:
-                        self._grow(min(self._granularity, room_bytes), "pinning ahead")
+                    with self._lock:
+                        wanted = self._short_ahead()
+                    if wanted:
+                        self._grow(self._granularity, "pinning ahead")
                         continue
             except DjinnError:  # whoever allocates beyond what is ready runs into the same, and is told
                 return
@@ -293,5 +314,8 @@ class HostTier:
                 self._lock.wait_for(lambda: self._closed or self._short_ahead())
 
     def _short_ahead(self) -> bool:
+        """More is to be pinned, and the budget has room. The lock is held."""
         ready = sum(slab.spans.free_bytes for slab in self._slabs)
-        return ready < self._ahead_bytes and self.budget_bytes - self._mapped_bytes >= self._granularity
+        in_all = sum(slab.size_bytes for slab in self._slabs)
+        wanted = ready < self._ahead_bytes or in_all < self._expected_bytes
+        return wanted and self.budget_bytes - self._mapped_bytes >= self._granularity

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from djinn_core.device.base import Direction, Stream
+from djinn_core.device.base import Direction, Event, Stream
 from djinn_core.errors import DeviceError, DjinnError
 from djinn_core.memory.extents import Extent
 from djinn_core.sessions.blocks import Block
@@ -49,7 +49,7 @@ class BringIn:
 
     Attributes:
         issued: for each layer 1 once the pass may go on to it.
-        copied: for each layer 1 when its event has to be waited for.
+        arrival: for each layer the timing event behind its copies, None when there is nothing to wait for.
         restored: timing event behind the last copy.
         bytes: copied so far.
         done: nothing more will be issued; `error` says why, if it failed.
@@ -68,7 +68,7 @@ class BringIn:
         self.issued = bytearray(b"\1" * holding.layout.layers)
         for layer in order:
             self.issued[layer] = 0
-        self.copied = bytearray(holding.layout.layers)
+        self.arrival: list[Event | None] = [None] * holding.layout.layers
         self.begun = pager.device.event(timing=True)
         self.restored = pager.device.event(timing=True)
         self.changed = threading.Condition()
@@ -89,8 +89,9 @@ class BringIn:
                 self.changed.wait_for(lambda: self.issued[layer] or self.done)
             if not self.issued[layer]:
                 raise self.error or DeviceError(f"session {self.holding.id}: bring-in ended before layer {layer}")
-        if self.copied[layer]:
-            compute.wait_event(self.holding.arrival[layer])
+        arrival = self.arrival[layer]
+        if arrival is not None:
+            compute.wait_event(arrival)
 
     def wait_issued(self) -> None:
         """Return when nothing more will be issued."""
@@ -221,34 +222,36 @@ class BringIn:
                 self.issued[layer] = 1
                 self.changed.notify_all()
         self.restored.record(stream)
-        if any(self.copied):
+        if any(self.arrival):
             copies = (self.begun, self.restored)
             pager.log(self.holding, "swap_in", self.bytes, time.perf_counter() - self.begun_s, copies)
 
     def _issue_layer(self, layer: int, row: list[Step], stream: Stream) -> None:
         """Map and fill one layer's blocks, then commit them."""
-        holding, region = self.holding, self.holding.region
+        pager, holding, region = self._pager, self.holding, self.holding.region
         region.map([(step.block.offset, step.extent or step.block.device) for step in row])
-        arrival = holding.arrival[layer]
+        arrival = None
         try:
             copied = sum([self._fill(step, stream) for step in row])
             shared = [step for step in row if step.extent is None and step.block.ready is not None]
             for step in shared:
                 stream.wait_event(step.block.ready)
             if copied or shared or any(step.lender for step in row):
+                arrival = pager.device.event(timing=True)
                 arrival.record(stream)
-                self.copied[layer] = 1
-            if self.copied[layer] and any(step.source for step in row):
+            if arrival is not None and any(step.source for step in row):
                 arrival.synchronize()  # the copy takes its source's place, so it must be whole
         except DeviceError:
             with contextlib.suppress(DeviceError):  # a failure of what was issued is the one being handled
                 stream.synchronize()
             region.unmap([step.block.offset for step in row])
             raise
-        with self._pager.lock:
+        if arrival is not None:
+            self.arrival[layer] = holding.arrival[layer] = arrival
+        with pager.lock:
             for step in row:
-                self._commit(step, arrival if self.copied[layer] else None)
-            self._pager.lock.notify_all()
+                self._commit(step, arrival)
+            pager.lock.notify_all()
         self.bytes += copied
 
     def _fill(self, step: Step, stream: Stream) -> int:

@@ -29,7 +29,9 @@ class Holding:
         jobs: bring-ins under way, or whose copies a pass may still have to wait for.
         deferred: a bring-in that begins when the pass under way has been issued.
         queued, draining: a write-back is wanted, or under way.
+        needed: someone waits for that write-back, so it may take others' clean copies from the host.
         moving: its memory is being unmapped.
+        leaving: how many are about to unmap it, and rely on its host copies.
         reading: the boundary that the last resume copied in, and the event after which that is done.
         pins: others that read its mapped blocks now.
         trouble: why the last write-back did not succeed; it is tried again at the next pause or eviction.
@@ -47,7 +49,8 @@ class Holding:
         self.arrival = [device.event() for _ in range(layout.layers)]
         self.jobs: list[BringIn] = []
         self.deferred: BringIn | None = None
-        self.queued = self.draining = self.moving = self.release = False
+        self.queued = self.draining = self.needed = self.moving = self.release = False
+        self.leaving = 0
         self.pins = 0
         self.last_use_s = time.monotonic()
         self.expected_resume_s: float | None = None
@@ -75,6 +78,15 @@ class Holding:
     def being_brought(self) -> bool:
         """A bring-in may still map something here."""
         return any(not job.done for job in self.jobs)
+
+    def in_motion(self) -> bool:
+        """A transfer of its memory is under way."""
+        if self.draining or self.moving or self.leaving or self.being_brought:
+            return True
+        try:
+            return not all(job.restored.query() for job in self.jobs)
+        except DjinnError:  # it failed, which is an end too; whoever resumes it is told
+            return False
 
     def wait_issued(self, *, cancel: bool = False) -> None:
         """Return when no bring-in will map anything more here; with `cancel`, as soon as may be."""

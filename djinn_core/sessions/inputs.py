@@ -79,3 +79,18 @@ def edits_by_layer(
         if stop is not None and layer > stop:
             raise EditError(f"an edit after layer {layer} never happens in a pass that stops after layer {stop}")
     return {layer: check_edits(given, shape, layout.dtype) for layer, given in edits.items()}
+
+
+def check_later(layer: int, edits: EditsByLayer) -> None:
+    """Edits of a pass that has been executed to `layer` happen there or later, or they never do."""
+    if edits and min(edits) < layer:
+        raise EditError(f"layer {min(edits)} lies before the checkpoint, which stands after layer {layer}")
+
+
+def check_between(session: str, edits: object, stop_after: int | None) -> None:
+    """A session between tokens has no boundary to edit, and no pass to stop."""
+    if edits or stop_after is not None:
+        raise UsageError(
+            f"session {session} stands between tokens: there is no boundary to edit and no pass to stop; "
+            "give edits and stop_after to forward"
+        )

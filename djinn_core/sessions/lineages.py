@@ -58,9 +58,10 @@ class Lineages(Room):
             self.log(holding, f"lost copy ({error})")
         with self.lock:
             shared = [b for b in holding.mapped.values() if len(b.places) == 1 and self._wanted_by_others(holding, b)]
-        if shared:
-            write_back_of_closing(self, holding, shared)
-        self._unmap(holding, list(holding.mapped.values()))
+        with self.leaving(holding):
+            if shared:
+                write_back_of_closing(self, holding, shared)
+            self._unmap(holding, list(holding.mapped.values()))
 
     def _wanted_by_others(self, holding: Holding, block: Block) -> bool:
         own = {id(holding.table), *(id(c.table) for c in holding.checkpoints)}
@@ -68,6 +69,7 @@ class Lineages(Room):
 
     def adopt(self, holding: Holding, checkpoint: Checkpoint) -> None:
         """The lineage becomes the checkpoint's. Blocks that only others still want are written back and unmapped."""
+        holding.wait_issued(cancel=True)
         with self.lock:
             self.lock.wait_for(lambda: not holding.moving)
             keep = {
@@ -90,18 +92,19 @@ class Lineages(Room):
         with self.lock:
             own = holding.table
             kept = [b for b in blocks if len(b.places) == 1 and any(table is not own for table in b.holders)]
-        if kept:
-            write_back(self, holding, kept)
-        with self.lock:
-            self.lock.wait_for(lambda: not (holding.draining or holding.moving or holding.pins))
-            holding.moving = True
-            there = [block for block in blocks if holding.mapped.get(block.offset) is block]
-        try:
-            self._unmap(holding, there)
-        finally:
+        with self.leaving(holding):
+            if kept:
+                write_back(self, holding, kept)
             with self.lock:
-                holding.moving = False
-                self.lock.notify_all()
+                self.lock.wait_for(lambda: not (holding.draining or holding.moving or holding.pins))
+                holding.moving = True
+                there = [block for block in blocks if holding.mapped.get(block.offset) is block]
+            try:
+                self._unmap(holding, there)
+            finally:
+                with self.lock:
+                    holding.moving = False
+                    self.lock.notify_all()
 
     def fork(self, holding: Holding) -> Holding:
         """Another session with the same past: it shares every block, and has none mapped yet.
@@ -116,6 +119,7 @@ class Lineages(Room):
             twin.go(SessionState.PAUSED, "be forked")
             twin.go(SessionState.SWAPPED, "be forked")
             self.holdings[twin.id] = twin
+        self.tiers.expect_sessions()
         self.log(twin, f"fork of {holding.id}")
         return twin
 

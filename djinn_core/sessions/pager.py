@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 
 from djinn_core.device.base import Device
-from djinn_core.errors import ConfigError, DeviceError, DjinnError, IntegrityError
+from djinn_core.errors import CapacityError, ConfigError, DeviceError, DjinnError, IntegrityError
 from djinn_core.memory.disktier import DiskTier
 from djinn_core.memory.extents import ExtentPool
 from djinn_core.memory.hosttier import HostTier
@@ -77,6 +77,7 @@ class Pager(Lineages):
                 del self.holdings[holding.id]
             holding.region.close()
             raise
+        self.tiers.expect_sessions()
         self.log(holding, "open", layout.total_bytes)
         return holding
 
@@ -106,7 +107,7 @@ class Pager(Lineages):
         self._prune(holding)
         job = BringIn(self, holding, range(len(table.lengths)), self._reach(table, first, last, new))
         job.run()
-        if any(job.copied):
+        if any(job.arrival):
             holding.jobs.append(job)
         if first == 0 and last == len(table.lengths):
             with self.lock:
@@ -195,7 +196,7 @@ class Pager(Lineages):
             holding.expected_resume_s = None if expected_resume_s is None else now_s + expected_resume_s
             holding.last_use_s = now_s
             holding.release, holding.queued, holding.prefetch_tried = release, True, False
-            holding.trouble = None
+            holding.trouble, holding.needed = None, False
         self._out.put(holding)
         self.log(holding, "pause")
 
@@ -204,6 +205,8 @@ class Pager(Lineages):
 
         The pass may begin at once and gate each layer on `holding.jobs`; returns None when all was there.
         """
+        if holding.state is SessionState.RESUMING:  # another place is wanted before the last one was reached
+            holding.wait_issued(cancel=True)
         with self.lock:
             self.lock.wait_for(lambda: not holding.moving)
             if holding.state is SessionState.FAILED and holding.failure is not None:
@@ -314,6 +317,8 @@ class Pager(Lineages):
         }
         if what not in reached:
             raise ConfigError(f"cannot wait until {what!r}; known are {', '.join(reached)}")
+        if what == "clean":
+            self._ask_clean(holding)
         with self.lock:
             self.lock.wait_for(lambda: reached[what]() or self._stuck(holding, what), timeout_s)
             if not reached[what]():
@@ -331,6 +336,16 @@ class Pager(Lineages):
                 except DjinnError:
                     self._distrust(holding)
                     raise
+
+    def _ask_clean(self, holding: Holding) -> None:
+        """Someone waits for the write-back. It is begun anew when the host had no room, or took the copies away."""
+        with self.lock:
+            holding.needed = True
+            again = holding.trouble is None or isinstance(holding.trouble, CapacityError)
+            under_way = holding.queued or holding.draining or holding.leaving
+            if holding.state is SessionState.PAUSED and again and not under_way and not holding.is_clean():
+                holding.trouble, holding.queued = None, True
+                self._out.put(holding)
 
     def _stuck(self, holding: Holding, what: str) -> bool:
         """It cannot become so any more without the caller doing something."""
@@ -369,10 +384,10 @@ class Pager(Lineages):
     def _drain(self, holding: Holding) -> None:
         try:
             holding.wait_issued()
-            if holding.state is SessionState.PAUSED:
-                write_back(self, holding, list(holding.mapped.values()))
             if holding.release:
-                self.evict(holding)
+                self.evict(holding, released=True)
+            if holding.state is SessionState.PAUSED:
+                self._clean(holding)
         except DjinnError as error:
             holding.trouble = error
             self.log(holding, f"stays dirty ({error})")
@@ -380,6 +395,17 @@ class Pager(Lineages):
             with self.lock:
                 holding.queued = False
                 self.lock.notify_all()
+
+    def _clean(self, holding: Holding) -> None:
+        """Write back what is new; only for someone who waits for it at the cost of others' clean copies."""
+        while True:
+            optional = not holding.needed
+            try:
+                write_back(self, holding, list(holding.mapped.values()), optional=optional)
+                return
+            except CapacityError:
+                if not optional or not holding.needed:
+                    raise
 
     def _work_in(self) -> None:
         self.device.bind_thread()

@@ -11,7 +11,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from djinn_core.device.base import Device, Event
 from djinn_core.errors import DeviceError, DjinnError, OutOfDeviceMemory
@@ -79,25 +80,68 @@ class Room:
         if self.on_event is not None:
             self.on_event(entry)
 
-    def evict(self, holding: Holding) -> bool:
-        """Take a paused session off the device, after writing back what is new. False when it is paused no more."""
-        while True:
-            with self.lock:
-                self.lock.wait_for(lambda: not holding.moving)
-                if holding.state is not SessionState.PAUSED or holding.pins:
-                    return holding.state is SessionState.SWAPPED
-                clean = holding.is_clean() and not holding.draining and not holding.being_brought
-                if clean:
-                    holding.moving = True
-            if clean:
-                break
-            holding.wait_issued()
-            write_back(self, holding, list(holding.mapped.values()))
-        begun_s = time.perf_counter()
-        size_bytes = holding.own_device_bytes
+    def evict(self, holding: Holding, *, released: bool = False) -> bool:
+        """Take a paused session off the device, after writing back what is new. False when it is paused no more.
+
+        Layers are unmapped while later ones are still being copied. With `released`, only while its owner wants so.
+        """
+        begun_s, parted = time.perf_counter(), []
         try:
-            self._settle_device(holding)
-            self._unmap(holding, list(holding.mapped.values()))
+            with self.leaving(holding):
+                while True:
+                    with self.lock:
+                        self.lock.wait_for(lambda: not holding.moving)
+                        if (
+                            holding.state is not SessionState.PAUSED
+                            or holding.pins
+                            or (released and not holding.release)
+                        ):
+                            return holding.state is SessionState.SWAPPED
+                        clean = holding.is_clean() and not holding.draining and not holding.being_brought
+                        if clean:
+                            holding.moving = True
+                    if clean:
+                        break
+                    holding.wait_issued()
+                    blocks = list(holding.mapped.values())
+                    write_back(self, holding, blocks, part=lambda some: parted.append(self._part(holding, some)))
+                parted.append(self._leave(holding))
+                return True
+        finally:
+            if any(parted):
+                self.log(holding, "evict", sum(parted), time.perf_counter() - begun_s)
+
+    @contextmanager
+    def leaving(self, holding: Holding) -> Iterator[None]:
+        """Meanwhile the host copies of what it has mapped are not given up: they are about to be the only ones."""
+        with self.lock:
+            holding.leaving += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                holding.leaving -= 1
+                self.lock.notify_all()
+
+    def _part(self, holding: Holding, blocks: Sequence[Block]) -> int:
+        """Unmap what has just been written back, if the session is still to leave; returns the bytes freed."""
+        with self.lock:
+            busy = holding.moving or holding.pins or holding.being_brought
+            if holding.state is not SessionState.PAUSED or busy:
+                return 0
+            clean = [b for b in blocks if holding.mapped.get(b.offset) is b and not holding.dirty(b)]
+            holding.moving = True
+        try:
+            return self._take_out(holding, clean)
+        finally:
+            with self.lock:
+                holding.moving = False
+                self.lock.notify_all()
+
+    def _leave(self, holding: Holding) -> int:
+        """Unmap a clean session that is `moving`: it is SWAPPED; returns the bytes freed."""
+        try:
+            freed = self._unmap(holding, list(holding.mapped.values()))
         except DeviceError:
             with self.lock:
                 holding.moving = False
@@ -108,35 +152,39 @@ class Room:
             holding.jobs.clear()
             holding.go(SessionState.SWAPPED, "leave the device")
             self.lock.notify_all()
-        self.log(holding, "evict", size_bytes, time.perf_counter() - begun_s)
-        return True
+        return freed
 
-    def _unmap(self, holding: Holding, blocks: Sequence[Block]) -> None:
+    def _unmap(self, holding: Holding, blocks: Sequence[Block]) -> int:
         """Unmap here, and give back what is mapped nowhere else. Nobody borrows or copies from here meanwhile."""
         if not blocks:
-            return
+            return 0
         with self.lock:
             self.lock.wait_for(lambda: not holding.draining and not holding.pins)
             before, holding.moving = holding.moving, True
-        free: list[Extent] = []
         try:
             self._settle_device(holding)
-            holding.region.unmap([block.offset for block in blocks])
-            with self.lock:
-                for block in blocks:
-                    del holding.mapped[block.offset]
-                    block.places.discard(holding)
-                    if not block.places:
-                        free.append(block.device)
-                        block.device = None
-                        block.ready = None
-                holding.table.writable_until = 0
+            return self._take_out(holding, blocks)
         finally:
             with self.lock:
                 holding.moving = before
                 self.lock.notify_all()
+
+    def _take_out(self, holding: Holding, blocks: Sequence[Block]) -> int:
+        """The unmaps themselves; nothing queued touches these blocks, and `moving` keeps others away."""
+        holding.region.unmap([block.offset for block in blocks])
+        free: list[Extent] = []
+        with self.lock:
+            for block in blocks:
+                del holding.mapped[block.offset]
+                block.places.discard(holding)
+                if not block.places:
+                    free.append(block.device)
+                    block.device = None
+                    block.ready = None
+            holding.table.writable_until = 0
         for extent in free:
             self.pool.give_back(extent)
+        return sum(extent.size_bytes for extent in free)
 
     def _settle_device(self, holding: Holding) -> None:
         """Nothing queued on the device touches this session's memory any more."""

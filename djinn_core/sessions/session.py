@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from djinn_core.errors import BreakpointError, EditError, SessionStateError, UsageError
+from djinn_core.errors import BreakpointError, SessionStateError, UsageError
 from djinn_core.models.boundary import RUNNING, PassStopped
 from djinn_core.sessions.breakpoints import Breakpoint, check_breakpoint, check_layer
 from djinn_core.sessions.checkpoint import Checkpoint, PassInputs, Story
@@ -25,7 +25,7 @@ from djinn_core.sessions.edits import Edit, apply_edits
 from djinn_core.sessions.entrance import enter_boundary, keep_boundary, load_boundary, reserve_boundary
 from djinn_core.sessions.generation import Chooser
 from djinn_core.sessions.holding import Holding
-from djinn_core.sessions.inputs import NO_EDITS, EditsByLayer, edits_by_layer, make_inputs
+from djinn_core.sessions.inputs import NO_EDITS, EditsByLayer, check_between, check_later, edits_by_layer, make_inputs
 from djinn_core.sessions.kvcache import SessionCache, attention_windows
 from djinn_core.sessions.passes import Control
 from djinn_core.sessions.sampling import Sampling
@@ -348,11 +348,7 @@ class Session:
         raise SessionStateError(f"session {self.id} has no checkpoint {checkpoint.id}; it has {known}")
 
     def _resume_between(self, place: Checkpoint | None, begun_s: float, edits: object, stop_after: int | None) -> None:
-        if edits or stop_after is not None:
-            raise UsageError(
-                f"session {self.id} stands between tokens: there is no boundary to edit and no pass to stop; "
-                "give edits and stop_after to forward"
-            )
+        check_between(self.id, edits, stop_after)
         pager, holding = self._pager, self._holding
         trace = Trace(pager.device, begun_s)
         trace.ready.record(pager.staging.urgent)
@@ -360,7 +356,7 @@ class Session:
             pager.adopt(holding, place)
             self._stand_at(place)
         trace.mark("lineage")
-        trace.job = pager.resume(holding, 0, 0, 0)
+        trace.brought(pager.resume(holding, 0, 0, 0), holding.jobs, 0)
         trace.mark("bring-in begun")
         self.trace = trace
 
@@ -371,8 +367,7 @@ class Session:
         edits: Sequence[Edit] | Mapping[int, Sequence[Edit]],
         stop_after: int | None,
     ) -> torch.Tensor | Checkpoint:
-        pager, holding = self._pager, self._holding
-        trace = Trace(pager.device, begun_s)
+        pager, holding, trace = self._pager, self._holding, Trace(self._pager.device, begun_s)
         slot = load_boundary(pager, holding, place.boundary, trace)
         entered = False
 
@@ -391,15 +386,13 @@ class Session:
             given = edits if isinstance(edits, Mapping) or not edits else {place.layer: edits}
             tokens = place.inputs.ids.shape[1]
             by_layer = self._edits(given, stop_after, tokens)
-            if by_layer and min(by_layer) < place.layer:
-                raise EditError(
-                    f"layer {min(by_layer)} lies before the checkpoint, which stands after layer {place.layer}"
-                )
+            check_later(place.layer, by_layer)
             if not self._stands_at(place):
                 pager.adopt(holding, place)
                 self._stand_at(place)
             trace.mark("lineage")
-            trace.job = pager.resume(holding, place.layer, stop_after or self._layers, tokens)
+            last = stop_after or self._layers
+            trace.brought(pager.resume(holding, place.layer, last, tokens), holding.jobs, place.layer)
             trace.mark("bring-in begun")
             later = {layer: some for layer, some in by_layer.items() if layer > place.layer}
             applied = place.edits + tuple(by_layer.get(place.layer, ()))

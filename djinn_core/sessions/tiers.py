@@ -1,9 +1,12 @@
 """Below the device: pinned host memory, and disk under it.
 
 Invariant: the host copy of anything is given up only after the disk copy that replaces it is complete with its checksum
-(two phases), or while the device holds the same bytes in a running session. Room is made in this order: host copies
-that a running session's device memory repeats cost nothing to drop; then sessions that are off the device go to disk,
-the one expected last first. Nothing is dropped for good: when no room can be made, the caller gets the numbers.
+(two phases), or while the device holds the same bytes and nobody is about to take them from there. Room is made in this
+order: host copies that a running session's device memory repeats cost nothing to drop; then sessions that are off the
+device go to disk, the one expected last first. Who must have room (a resume, an eviction) and still has none takes the
+host copies of paused sessions that are on the device, the one expected soonest first: they are dirty again, and would
+be written back before they leave. A write-back that nobody waits for does not go that far, or two of them could take
+the room from each other for ever. When no room can be made, the caller gets the numbers.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from djinn_core.errors import OutOfDisk, OutOfHostMemory
+from djinn_core.errors import DeviceError, OutOfDisk, OutOfHostMemory
 from djinn_core.memory.disktier import DiskTier
 from djinn_core.memory.hosttier import HostBlock, HostTier
 from djinn_core.sessions.blocks import Block, Stored
@@ -20,13 +23,17 @@ from djinn_core.sessions.holding import Holding
 from djinn_core.sessions.state import SessionState
 
 if TYPE_CHECKING:
-    from djinn_core.sessions.pager import Pager
+    from djinn_core.sessions.room import Room
+
+
+PATIENCE_S = 5.0  # how long room is waited for while others' transfers are under way; they may wait for this one
+POLL_S = 0.02  # copies end without telling anyone
 
 
 class Tiers:
     """Host and disk of one runtime, and what moves between them."""
 
-    def __init__(self, pager: Pager, host: HostTier, disk: DiskTier | None) -> None:
+    def __init__(self, pager: Room, host: HostTier, disk: DiskTier | None) -> None:
         self._pager = pager
         self.host = host
         self.disk = disk
@@ -35,27 +42,36 @@ class Tiers:
     def disk_free_bytes(self) -> int:
         return self.disk.free_bytes if self.disk else 0
 
-    def allocate(self, size_bytes: int, owner: str) -> HostBlock:
+    def expect_sessions(self) -> None:
+        """Pin ahead, in the background, what the open sessions may need. A pause never pins."""
+        with self._pager.lock:
+            size_bytes = sum(holding.layout.total_bytes for holding in self._pager.holdings.values())
+        self.host.expect(size_bytes)
+
+    def allocate(self, size_bytes: int, owner: str, *, optional: bool = False) -> HostBlock:
         """Pinned host memory, after making room for it if need be.
+
+        Unless it is `optional`, others' clean copies are taken too, and transfers under way are waited for.
 
         Raises:
             OutOfHostMemory: the host is full, and so is the disk or there is none; nothing changed.
             PinningRefused: the operating system would not pin more; nothing changed.
         """
+        give_up_s = time.monotonic() + PATIENCE_S
         while True:
             try:
                 return self.host.allocate(size_bytes, owner)
             except OutOfHostMemory as error:
-                try:
-                    made = self._make_room(size_bytes)
-                except OutOfDisk as full:
-                    raise OutOfHostMemory(
-                        f"session {owner}: the host is full, and nothing more can be spilled to disk: {full}",
-                        needed_bytes=size_bytes,
-                        free_bytes=error.free_bytes,
-                    ) from full
-                if not made:
-                    raise
+                full = error
+            disk_full = self._make_room(size_bytes, optional)
+            if disk_full is None:
+                continue
+            if optional or not self._wait_for_transfers(owner, give_up_s):
+                raise OutOfHostMemory(
+                    f"session {owner}: the host is full, and nothing more can be spilled to disk: {disk_full}",
+                    needed_bytes=size_bytes,
+                    free_bytes=full.free_bytes,
+                ) from disk_full
 
     def fetch(self, stored: Stored, owner: str) -> None:
         """Bring what is only on disk back to the host.
@@ -98,48 +114,81 @@ class Tiers:
 
     # making room on the host
 
-    def _make_room(self, size_bytes: int) -> bool:
-        """Free about `size_bytes` of the host; False when nothing can be freed."""
+    def _make_room(self, size_bytes: int, optional: bool) -> OutOfDisk | None:
+        """Free about `size_bytes` of the host, or less; why not when nothing can be freed."""
         freed = 0
-        for block in self._repeated():
-            freed += self._drop_repeated(block)
-            if freed >= size_bytes:
-                return True
+        reason = OutOfDisk("no session is off the device", needed_bytes=size_bytes, free_bytes=self.disk_free_bytes)
+        try:
+            for freed_bytes in self._sources(optional):
+                freed += freed_bytes
+                if freed >= size_bytes:
+                    break
+        except OutOfDisk as full:
+            reason = full
+            if not optional:
+                for freed_bytes in self._repeated(SessionState.PAUSED):
+                    freed += freed_bytes
+                    if freed >= size_bytes:
+                        break
+        return None if freed else reason
+
+    def _sources(self, optional: bool) -> Iterator[int]:
+        """Give up host copies one by one, in the order of the file's head; the bytes that each one freed."""
+        yield from self._repeated(SessionState.RUNNING)
         for holding in self._away():
             for stored in self._stored_of(holding):
-                freed += self._spill(holding, stored)
-                if freed >= size_bytes:
-                    return True
-        return freed > 0
+                yield self._spill(holding, stored)
+        if not optional:
+            yield from self._repeated(SessionState.PAUSED)
 
-    def _repeated(self) -> list[Block]:
-        """Blocks of running sessions whose host copies repeat what the device holds."""
+    def _repeated(self, state: SessionState) -> Iterator[int]:
+        """Drop host copies that repeat what the device holds for sessions in `state`; the bytes that each one freed."""
         with self._pager.lock:
-            return [
+            here = [h for h in self._pager.holdings.values() if h.state is state and h.mapped]
+            blocks = [
                 block
-                for holding in self._pager.holdings.values()
-                if holding.state is SessionState.RUNNING
+                for holding in sorted(here, key=_expected_s)
                 for block in holding.mapped.values()
                 if block.host is not None
             ]
+        for block in blocks:
+            yield self._drop_repeated(block)
 
     def _drop_repeated(self, block: Block) -> int:
         with self._pager.lock, block.lock:
-            running = any(place.state is SessionState.RUNNING for place in block.places)
-            busy = block.loading or block.copying_bytes or block.readers
-            if not running or busy or block.host is None or (block.ready is not None and not block.ready.query()):
+            if block.host is None or not self._stays_on_device(block):
                 return 0
             block.host.free()
             block.host = None
             block.host_valid_bytes = 0
             return block.size_bytes
 
+    def _stays_on_device(self, block: Block) -> bool:
+        """The device has all of it, no transfer is at it, and nobody relies on the host to take it away."""
+        if block.loading or block.copying_bytes or block.readers or block.device is None:
+            return False
+        stay = (SessionState.RUNNING, SessionState.PAUSED)
+        if not all(h.state in stay and not (h.moving or h.leaving or h.being_brought) for h in block.places):
+            return False
+        try:
+            return block.ready is None or block.ready.query()
+        except DeviceError:  # its bring-in failed: the host copy is the one that counts
+            return False
+
+    def _wait_for_transfers(self, owner: str, give_up_s: float) -> bool:
+        """Wait a moment for others' transfers, which may leave room behind; False when there are none, or no time."""
+        with self._pager.lock:
+            left_s = give_up_s - time.monotonic()
+            if left_s <= 0 or not any(h.in_motion() for h in self._pager.holdings.values() if h.id != owner):
+                return False
+            self._pager.lock.wait(min(left_s, POLL_S))
+            return True
+
     def _away(self) -> list[Holding]:
         """Sessions off the device, the one expected last first."""
-        now_s = time.monotonic()
         with self._pager.lock:
             away = [h for h in self._pager.holdings.values() if h.state is SessionState.SWAPPED and not h.jobs]
-        return sorted(away, key=lambda h: h.expected_resume_s or 2 * now_s - h.last_use_s, reverse=True)
+        return sorted(away, key=_expected_s, reverse=True)
 
     def _stored_of(self, holding: Holding) -> Iterator[Stored]:
         with self._pager.lock:
@@ -183,5 +232,12 @@ class Tiers:
     def _idle(self, stored: Stored) -> bool:
         """No transfer reads it, and no session on the device relies on it. The locks are held."""
         if isinstance(stored, Block):
-            return not (stored.places or stored.loading or stored.copying_bytes)
+            return not (stored.places or stored.loading or stored.copying_bytes or stored.readers)
         return not stored.readers and stored.settled
+
+
+def _expected_s(holding: Holding) -> float:
+    """When it is expected back: as its owner said, else after as long again as it has been idle."""
+    if holding.expected_resume_s is not None:
+        return holding.expected_resume_s
+    return 2 * time.monotonic() - holding.last_use_s

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from djinn_core.device.base import Device, Event
@@ -18,6 +19,7 @@ class Trace:
         begun_s: when `resume` was called, on the clock of `time.perf_counter`.
         start, ready: timing events around the boundary's copy; `ready` is when the next layer may start.
         job: the bring-in of the KV, None when all of it was there.
+        found_resident: all of the KV was on the device when `resume` was called, and no copy of it was under way.
         marks: (what had been done, when) on the calling thread, in order.
     """
 
@@ -26,10 +28,29 @@ class Trace:
         self.start: Event | None = None
         self.ready = device.event(timing=True)
         self.job: BringIn | None = None
+        self.found_resident = False
+        self._first_layer: int | None = None
+        self._jobs: tuple[BringIn, ...] = ()
         self.marks: list[tuple[str, float]] = []
 
     def mark(self, what: str) -> None:
         self.marks.append((what, time.perf_counter()))
+
+    def brought(self, job: BringIn | None, jobs: Sequence[BringIn], first_layer: int) -> None:
+        """`resume` needed `job`, and the pass that begins at `first_layer` waits for all `jobs`."""
+        self.job, self.found_resident = job, job is None
+        self._jobs, self._first_layer = tuple(jobs), first_layer
+
+    @property
+    def gates(self) -> tuple[Event, ...]:
+        """The timing events that the first layer to run waits for: the boundary, and its own KV if that was copied in.
+
+        Whole once that layer has been issued, which it is when a resume in a stopped pass returns; between tokens, when
+        the next pass has begun.
+        """
+        first = self._first_layer
+        waited = [job.arrival[first] for job in self._jobs if first is not None and first < len(job.arrival)]
+        return (self.ready, *(event for event in waited if event is not None))
 
     @property
     def restored(self) -> Event:

@@ -1,106 +1,164 @@
 """Write-back: what is new on the device goes to the pinned host, in contiguous pieces, on a stream of its own.
 
 Invariant: a block's host copy counts (`host_valid_bytes`) only when the copy's event is complete and nothing of what it
-read was overwritten meanwhile. KV only grows, so a second pause writes only what is new. All copies are issued, then
-one event is waited for: gaps between copies are the whole loss.
+read was overwritten meanwhile. KV only grows, so a second pause writes only what is new. All copies are issued at once,
+since gaps between copies are the whole loss; then they are taken in group by group, and whoever gives the memory up
+unmaps each group while the later ones are still on their way.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, NamedTuple
 
 from djinn_core.device.base import Direction, Event
-from djinn_core.errors import DjinnError
+from djinn_core.errors import CapacityError, DjinnError
 from djinn_core.sessions.blocks import Block
 from djinn_core.sessions.holding import Holding
 
 if TYPE_CHECKING:
-    from djinn_core.sessions.pager import Pager
+    from djinn_core.sessions.room import Room
+
+GROUP_BYTES = 32 << 20  # what one event stands for, at least: about a layer of a long session, or all of a short one
 
 
-def write_back(pager: Pager, holding: Holding, blocks: Iterable[Block]) -> int:
+class Copy(NamedTuple):
+    """What is new of one block."""
+
+    block: Block
+    begin: int
+    end: int
+    epoch: int
+
+
+Group = tuple[list[Copy], Event]
+
+
+def write_back(
+    room: Room,
+    holding: Holding,
+    blocks: Iterable[Block],
+    *,
+    optional: bool = False,
+    part: Callable[[list[Block]], None] | None = None,
+) -> int:
     """Make the host copies of `blocks`, mapped in `holding`, whole; returns the bytes copied. Blocks the caller.
 
     Bytes that a pass under way writes are not waited for: they are beyond every holder's end.
 
+    Args:
+        optional: nobody needs it now, so it does not take room on the host from other sessions on the device.
+        part: called with the blocks of each group as soon as they are whole on the host.
+
     Raises:
-        CapacityError: the host has no room for them; what was copied before counts.
-        TransferError: a copy failed; nothing counts, and it can be tried again.
+        CapacityError: the host has no room for all of them; those that had room are written back.
+        TransferError: a copy failed; what was copied before it counts, and the rest can be tried again.
     """
     begun_s = time.perf_counter()
-    _wait_idle(pager, holding)
-    todo: list[tuple[Block, int, int, int]] = []
+    _wait_idle(room, holding)
+    todo: list[Copy] = []
+    groups: list[Group] = []
+    full: CapacityError | None = None
+    copied = 0
     try:
-        _claim(pager, blocks, todo)
-        for block, _, _, _ in todo:
-            if block.host is None:
-                block.host = pager.tiers.allocate(block.size_bytes, holding.id)
-        copied, copies = _copy(pager, holding, todo)
+        _claim(room, blocks, todo)
+        if todo:
+            begun, done = room.device.event(timing=True), room.device.event(timing=True)
+            _wait_for_bytes(room, todo)
+            begun.record(room.d2h)
+            try:
+                try:
+                    full = _issue(room, holding, todo, groups, optional)
+                finally:
+                    done.record(room.d2h)
+                for group in groups:
+                    copied += _take_in(room, group, part)
+            finally:
+                with contextlib.suppress(DjinnError):  # the failure is being raised; no copy reads any more
+                    done.synchronize()
     finally:
-        with pager.lock:
+        with room.lock:
             holding.draining = False
-            for block, _, _, _ in todo:
-                block.copying_bytes = 0
-            pager.lock.notify_all()
+            for copy in todo:
+                copy.block.copying_bytes = 0
+            room.lock.notify_all()
     if copied:
-        pager.log(holding, "swap_out", copied, time.perf_counter() - begun_s, copies)
+        room.log(holding, "swap_out", copied, time.perf_counter() - begun_s, (begun, done))
+    if full is not None:
+        raise full
     return copied
 
 
-def _wait_idle(pager: Pager, holding: Holding) -> None:
+def _wait_idle(room: Room, holding: Holding) -> None:
     """One write-back per session at a time, and none while its memory is being unmapped."""
-    with pager.lock:
-        pager.lock.wait_for(lambda: not holding.draining and not holding.moving)
+    with room.lock:
+        room.lock.wait_for(lambda: not holding.draining and not holding.moving)
         holding.draining = True
 
 
-def _claim(pager: Pager, blocks: Iterable[Block], todo: list[tuple[Block, int, int, int]]) -> None:
-    with pager.lock:
+def _claim(room: Room, blocks: Iterable[Block], todo: list[Copy]) -> None:
+    with room.lock:
         wanted = list(blocks)
-        pager.lock.wait_for(lambda: not any(block.copying_bytes for block in wanted))  # a sibling's write-back
+        room.lock.wait_for(lambda: not any(block.copying_bytes for block in wanted))  # a sibling's write-back
         for block in wanted:
             end = block.end_bytes()
             if block.places and block.host_valid_bytes < end:
                 block.copying_bytes = end
-                todo.append((block, block.host_valid_bytes, end, block.epoch))
+                todo.append(Copy(block, block.host_valid_bytes, end, block.epoch))
 
 
-def _copy(
-    pager: Pager, holding: Holding, todo: list[tuple[Block, int, int, int]]
-) -> tuple[int, tuple[Event, Event] | None]:
-    """The bytes copied, and timing events around the copies."""
-    if not todo:
-        return 0, None
-    stream, memory = pager.d2h, holding.region.tensor
-    for event in {place.pass_done for block, _, _, _ in todo for place in block.places}:
-        stream.wait_event(event)
-    for event in {block.ready for block, _, _, _ in todo if block.ready is not None}:
-        stream.wait_event(event)
-    begun, done = pager.device.event(timing=True), pager.device.event(timing=True)
-    begun.record(stream)
-    try:
-        for block, begin, end, _ in todo:
-            source = memory[block.offset + begin : block.offset + end]
-            pager.device.copy(block.host.tensor[begin:end], source, stream, Direction.D2H)
-    finally:
-        done.record(stream)
-        failure = _outcome(done)
-    if failure is not None:
-        raise failure
+def _wait_for_bytes(room: Room, todo: list[Copy]) -> None:
+    """The stream goes on when what will be read is there."""
+    for event in {place.pass_done for copy in todo for place in copy.block.places}:
+        room.d2h.wait_event(event)
+    for event in {copy.block.ready for copy in todo if copy.block.ready is not None}:
+        room.d2h.wait_event(event)
+
+
+def _issue(room: Room, holding: Holding, todo: list[Copy], groups: list[Group], optional: bool) -> CapacityError | None:
+    """Issue what the host has room for, with an event behind each group; why it was not all."""
+    stream, memory = room.d2h, holding.region.tensor
+    copies: list[Copy] = []
+    size_bytes, full = 0, None
+    for copy in todo:
+        block, begin, end, _ = copy
+        try:
+            if block.host is None:
+                block.host = room.tiers.allocate(block.size_bytes, holding.id, optional=optional)
+        except CapacityError as error:
+            full = error
+            break
+        source = memory[block.offset + begin : block.offset + end]
+        room.device.copy(block.host.tensor[begin:end], source, stream, Direction.D2H)
+        copies.append(copy)
+        size_bytes += end - begin
+        if size_bytes >= GROUP_BYTES:
+            _close(room, groups, copies)
+            copies, size_bytes = [], 0
+    if copies:
+        _close(room, groups, copies)
+    return full
+
+
+def _close(room: Room, groups: list[Group], copies: list[Copy]) -> None:
+    event = room.device.event()
+    event.record(room.d2h)
+    groups.append((copies, event))
+
+
+def _take_in(room: Room, group: Group, part: Callable[[list[Block]], None] | None) -> int:
+    """Wait for one group, and count it; returns its bytes."""
+    copies, event = group
+    event.synchronize()
     copied = 0
-    with pager.lock:
-        for block, begin, end, epoch in todo:
+    with room.lock:
+        for block, begin, end, epoch in copies:
             if block.epoch == epoch:
                 block.host_valid_bytes = end
+            block.copying_bytes = 0
             copied += end - begin
-    return copied, (begun, done)
-
-
-def _outcome(done: object) -> DjinnError | None:
-    try:
-        done.synchronize()
-    except DjinnError as error:
-        return error
-    return None
+    if part is not None:
+        part([copy.block for copy in copies])
+    return copied

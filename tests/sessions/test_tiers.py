@@ -197,3 +197,54 @@ def test_many_threads_on_a_small_device(make_rig: MakeRig) -> None:
         thread.join(60)
     assert not any(thread.is_alive() for thread in threads), "deadlock"
     assert not failures, failures
+
+
+def test_a_resume_takes_the_host_copies_of_sessions_that_stay_on_the_device(make_rig: MakeRig) -> None:
+    """The host is full of clean copies of paused sessions on the device, and one session lies on disk."""
+    rig = make_rig(device_bytes=7 * SESSION_BYTES, host_bytes=5 * SESSION_BYTES, disk_bytes=8 * SESSION_BYTES)
+    pager = rig.sessions.pager
+    oracle = Oracle(rig.stock)
+    first = oracle.forward(prompt(seed=0))
+    away = rig.open()
+    away.forward(prompt(seed=0))
+    away.pause(release=True)
+    away.wait_until("released", 10)
+    for block in away._holding.table:
+        assert pager.tiers._spill(away._holding, block)
+    resident = []
+    for seed in range(1, 6):
+        session = rig.open()
+        session.forward(prompt(seed=seed))
+        session.pause(expected_resume_s=10.0 * seed)
+        session.wait_until("clean", 10)
+        resident.append(session)
+    assert rig.host.free_bytes < SESSION_BYTES
+    away.resume()
+    wanted = oracle.greedy(first, 1)[0]
+    assert torch.equal(away.forward(first.float().argmax(-1)[:, None]), wanted)
+    dirty = [session for session in resident if not session._holding.is_clean()]
+    assert dirty == resident[:1], "the one expected soonest is taken from, and no other"
+    dirty[0].wait_until("clean", 10)  # whoever waits has it written back again
+    for seed, session in enumerate(resident, 1):
+        mine = Oracle(rig.stock)
+        logits = mine.forward(prompt(seed=seed))
+        pager.evict(session._holding)
+        session.resume()
+        assert torch.equal(session.forward(logits.float().argmax(-1)[:, None]), mine.greedy(logits, 1)[0])
+
+
+def test_a_write_back_that_nobody_waits_for_takes_nothing_from_others(make_rig: MakeRig) -> None:
+    rig = make_rig(device_bytes=8 * SESSION_BYTES, host_bytes=2 * SESSION_BYTES, disk_bytes=8 * SESSION_BYTES)
+    sessions = []
+    for seed in range(4):
+        session = rig.open()
+        session.forward(prompt(seed=seed))
+        session.pause()
+        sessions.append(session)
+    deadline = time.monotonic() + 10
+    while any(s._holding.queued for s in sessions) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [s._holding.is_clean() for s in sessions] == [True, True, False, False]
+    copied = rig.device.copied.d2h_bytes
+    sessions[3].wait_until("clean", 10)
+    assert sessions[3]._holding.is_clean() and rig.device.copied.d2h_bytes > copied

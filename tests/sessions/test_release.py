@@ -1,0 +1,82 @@
+"""Giving memory up: layers are unmapped while later ones are being copied, and nothing is lost when that stops."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import torch
+
+from djinn_core.sessions import SessionState, writeback
+from tests.sessions.oracle import Oracle, prompt
+from tests.sessions.rigs import LAYERS, MakeRig
+
+LINK_GBPS = 0.0002  # 15 tokens of a layer take 38 ms
+LAYER_BYTES = 64 << 10
+
+
+def test_memory_comes_back_layer_by_layer(make_rig: MakeRig, monkeypatch) -> None:
+    monkeypatch.setattr(writeback, "GROUP_BYTES", 1)
+    rig = make_rig()
+    session = rig.open()
+    first = session.forward(prompt())
+    rig.device.link_gbps = LINK_GBPS
+    begun_s = time.perf_counter()
+    session.pause(release=True)
+    pause_s = time.perf_counter() - begun_s
+    seen = set()
+    while session.state is SessionState.PAUSED:
+        seen.add(rig.kv_bytes // LAYER_BYTES)
+        time.sleep(0.002)
+    assert seen >= set(range(1, LAYERS)), f"{seen}: all of it left at once"
+    assert pause_s < 0.03
+    session.wait_until("released", 1)
+    rig.device.link_gbps = None
+    session.resume()
+    oracle = Oracle(rig.stock)
+    wanted = oracle.greedy(oracle.forward(prompt()), 1)[0]
+    assert torch.equal(session.forward(first.float().argmax(-1)[:, None]), wanted)
+
+
+def test_a_resume_ends_the_release_where_it_is(make_rig: MakeRig, monkeypatch) -> None:
+    monkeypatch.setattr(writeback, "GROUP_BYTES", 1)
+    rig = make_rig()
+    session = rig.open()
+    first = session.forward(prompt())
+    rig.device.link_gbps = LINK_GBPS
+    session.pause(release=True)
+    while rig.kv_bytes > 2 * LAYER_BYTES:
+        time.sleep(0.001)
+    copied = rig.device.copied
+    session.resume()
+    oracle = Oracle(rig.stock)
+    wanted = oracle.greedy(oracle.forward(prompt()), 1)[0]
+    assert torch.equal(session.forward(first.float().argmax(-1)[:, None]), wanted)
+    assert 0 < (rig.device.copied - copied).h2d_bytes < LAYERS * LAYER_BYTES
+    time.sleep(0.2)
+    assert session.state is SessionState.RUNNING and rig.kv_bytes == LAYERS * LAYER_BYTES
+    assert any(event.event == "evict" and 0 < event.bytes < LAYERS * LAYER_BYTES for event in rig.sessions.pager.events)
+
+
+def test_a_pause_never_pins(make_rig: MakeRig) -> None:
+    """What the open sessions may need is pinned in the background, before any of them pauses."""
+    rig = make_rig(host_bytes=64 * LAYERS * LAYER_BYTES)
+    pinning: list[str] = []
+    pin = rig.device.pin
+
+    def watched(address: int, size_bytes: int) -> None:
+        pinning.append(threading.current_thread().name)
+        pin(address, size_bytes)
+
+    rig.device.pin = watched
+    sessions = [rig.open() for _ in range(9)]
+    deadline = time.monotonic() + 10
+    while rig.host.pinned_bytes < 9 * LAYERS * LAYER_BYTES and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert rig.host.pinned_bytes >= 9 * LAYERS * LAYER_BYTES
+    for seed, session in enumerate(sessions):
+        session.forward(prompt(seed=seed))
+        session.pause()
+    for session in sessions:
+        session.wait_until("clean", 10)
+    assert set(pinning) == {"djinn-pin-ahead"}
