@@ -84,6 +84,24 @@ class NullProvider:
     def end_pass(self) -> None: ...
 
 
+class _Layers(nn.ModuleList):
+    """The decoder's own layers; a slice of them is made once.
+
+    Many decoders run `self.layers[: n]`, and `nn.ModuleList` answers with a new module each time, which takes longer
+    than all the skipped layers of a resumed pass.
+    """
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        modules = tuple(self._modules.values())
+        kept = self.__dict__.setdefault("_djinn_slices", {})
+        key = index.indices(len(modules))
+        if key not in kept or kept[key][0] != modules:
+            kept[key] = (modules, nn.ModuleList(modules[index]))
+        return kept[key][1]
+
+
 class Boundary:
     """The wrappers of one model, and what they count.
 
@@ -107,6 +125,8 @@ class Boundary:
         self._count = len(layers)
         self._control: PassControl | None = None
         self._runner: int | None = None
+        if type(layers) is nn.ModuleList:
+            layers.__class__ = _Layers
         decoder.forward = self._wrap_decoder(decoder.forward)
         for index, layer in enumerate(layers):
             layer.forward = self._wrap_layer(index, layer.forward)

@@ -20,6 +20,7 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,23 +51,23 @@ class Layout:
     dtype: torch.dtype
     granularity_bytes: int
 
-    @property
+    @cached_property
     def token_bytes(self) -> int:
         """K and V of one token in one layer."""
         return 2 * self.batch_size * self.kv_heads * self.head_dim * self.dtype.itemsize
 
-    @property
+    @cached_property
     def span_bytes(self) -> int:
         """One layer's span."""
         return math.ceil(self.max_length * self.token_bytes / self.granularity_bytes) * self.granularity_bytes
 
-    @property
+    @cached_property
     def block_bytes(self) -> int:
         """All blocks of a span but the last one, which may be smaller."""
         whole = MAX_BLOCK_BYTES // self.granularity_bytes * self.granularity_bytes
         return min(self.span_bytes, max(whole, self.granularity_bytes))
 
-    @property
+    @cached_property
     def total_bytes(self) -> int:
         """The region: the longest that the session can become."""
         return self.layers * self.span_bytes

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from djinn_core.errors import SessionStateError, UsageError
@@ -202,3 +203,16 @@ def test_turns_are_taken_in_order_of_arrival():
     for thread in threads:
         thread.join(10)
     assert order == list(range(6)) and not turn.held
+
+
+def test_slices_of_the_layers_are_made_once_and_follow_a_change():
+    layers = nn.ModuleList([nn.Linear(1, 1) for _ in range(3)])
+    layers.__class__ = boundary._Layers
+    first = layers[:2]
+    assert type(first) is nn.ModuleList
+    assert list(first) == [layers[0], layers[1]]
+    assert layers[:2] is first
+    assert layers[-1] is list(layers)[-1]
+    layers[0] = nn.Linear(1, 1)
+    assert layers[:2][0] is layers[0]
+    assert list(layers.state_dict()) == [f"{i}.{name}" for i in range(3) for name in ("weight", "bias")]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from djinn_core.device.base import Event
-from djinn_core.sessions.pager import PagerEvent
+from djinn_core.sessions.pagerevents import PagerEvent
 from workflow.lib.harness import Experiment
 
 Interval = tuple[float, float]
