@@ -244,8 +244,9 @@ def test_an_experiment_ends_with_its_pipeline(tmp_path: Path) -> None:
         "#!/bin/sh\n"
         f"{sys.executable} -c 'import sys; from workflow.lib import children; children.terminate_cleanly()\n"
         "children.end_with(children.pipeline_pid())\n"
-        "import os, time; print(os.getpid(), flush=True)\n"
-        'try: time.sleep(300)\nfinally: open(sys.argv[1], "w").write("clean")\' '
+        "import os, time\n"
+        'try: print(os.getpid(), flush=True); time.sleep(300)\n'
+        'finally: open(sys.argv[1], "w").write("clean")\' '
         f"{tmp_path / 'ended'}\n"
         "true\n"
     )
