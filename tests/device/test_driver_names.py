@@ -1,4 +1,4 @@
-"""Every driver function that the code names exists in the installed bindings, which a machine without a GPU can check."""
+"""Every driver function that the code names exists in the installed bindings; a machine without a GPU can check it."""
 
 import ast
 from pathlib import Path

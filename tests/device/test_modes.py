@@ -1,4 +1,5 @@
 """Inference mode belongs to a thread: neither memory made in it nor work queued in it may depend on whose it is."""
+
 import torch
 
 

@@ -245,7 +245,7 @@ def test_an_experiment_ends_with_its_pipeline(tmp_path: Path) -> None:
         f"{sys.executable} -c 'import sys; from workflow.lib import children; children.terminate_cleanly()\n"
         "children.end_with(children.pipeline_pid())\n"
         "import os, time\n"
-        'try: print(os.getpid(), flush=True); time.sleep(300)\n'
+        "try: print(os.getpid(), flush=True); time.sleep(300)\n"
         'finally: open(sys.argv[1], "w").write("clean")\' '
         f"{tmp_path / 'ended'}\n"
         "true\n"
