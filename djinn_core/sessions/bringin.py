@@ -1,4 +1,4 @@
-"""Bringing blocks in: what a pass needs is planned at once, and mapped and copied layer by layer.
+"""Bringing blocks in: what a pass needs is planned at once, and mapped and copied layer by layer, each step a layer.
 
 A plan names, for each layer in the order in which the pass will want them, the blocks to map: new ones for the tokens
 to come, ones that come back from the host, ones that a fork shares, and copies of shared tails (copy on write). All
@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -42,6 +43,7 @@ class Step:
     source: Block | None = None
     extent: Extent | None = None
     lender: Holding | None = None  # where a shared extent, or the source of a copy, is mapped now
+    reading: bool = False  # the source is read from the host, which keeps it meanwhile
 
 
 class BringIn:
@@ -50,8 +52,9 @@ class BringIn:
     Attributes:
         issued: for each layer 1 once the pass may go on to it.
         arrival: for each layer the timing event behind its copies, None when there is nothing to wait for.
-        restored: timing event behind the last copy.
+        begun, restored: timing events around the copies.
         bytes: copied so far.
+        cancelled: nothing more is wanted of it; it ends before its next layer.
         done: nothing more will be issued; `error` says why, if it failed.
     """
 
@@ -77,6 +80,35 @@ class BringIn:
         self.error: DjinnError | None = None
         self.wanted_s = time.perf_counter()
         self.begun_s = self.ended_s = 0.0
+        self._expected_s = holding.expected_resume_s or time.monotonic()
+        self._steps: dict[int, list[Step]] = {}
+        self._left = deque(order)
+
+    @property
+    def urgency(self) -> tuple[int, float]:
+        """Less is sooner: what ends at once, resumes without a layer yet, resumes in order, then prefetches."""
+        if self.cancelled or not self._left:
+            return (0, self.wanted_s)
+        if self.prefetch:
+            return (3, self._expected_s)
+        return (1 if len(self._left) == len(self.order) else 2, self.wanted_s)
+
+    def cancel(self) -> None:
+        """Nothing more is wanted of it. It still has to end: `wait_issued`."""
+        self.cancelled = True
+        self._pager.link.nudge()
+
+    def complete(self) -> bool:
+        """Every copy of it is done.
+
+        Raises:
+            DjinnError: one of them failed, or could not be issued.
+        """
+        if self.error is not None:
+            raise self.error
+        if not self.done or not self.restored.query():
+            return False
+        return all(event.query() for event in self.arrival if event is not None)
 
     def gate(self, layer: int, compute: Stream) -> None:
         """Return when `layer` may be issued on the compute stream, which waits for its bytes.
@@ -88,6 +120,8 @@ class BringIn:
             with self.changed:
                 self.changed.wait_for(lambda: self.issued[layer] or self.done)
             if not self.issued[layer]:
+                if self.cancelled and self.error is None:  # whoever cancelled it planned the rest anew
+                    return
                 raise self.error or DeviceError(f"session {self.holding.id}: bring-in ended before layer {layer}")
         arrival = self.arrival[layer]
         if arrival is not None:
@@ -101,44 +135,93 @@ class BringIn:
 
     def run(self) -> None:
         """Do all of it, on the calling thread. Raises what went wrong, after undoing it."""
-        self.begun_s = time.perf_counter()
-        steps: dict[int, list[Step]] = {}
+        failure: DjinnError | None = None
         try:
-            steps = self._plan()
-            self._prepare_sources(steps)
-            self._acquire(steps)
-            self._issue(steps)
+            self.prepare(wait=True)
+            while self._left and not self.cancelled:
+                self.step()
         except DjinnError as error:
-            self.error = error
+            failure = error
             raise
         finally:
-            self._release(steps)
-            self.ended_s = time.perf_counter()
-            self._pager.ended(self)
-            with self.changed:
-                self.done = True
-                self.changed.notify_all()
+            self.finish(failure)
+
+    def prepare(self, *, wait: bool) -> bool:
+        """Plan, and hold all that the steps need. Without `wait`, False when someone would have to be waited for.
+
+        What is on disk counts as such, and so do others that have to leave the device first. Nothing is held then.
+        """
+        self.begun_s = time.perf_counter()
+        try:
+            ready = self._plan(wait) and (wait or not self._slow()) and self._prepare_sources() and self._acquire(wait)
+        except BaseException:
+            self._release()
+            raise
+        if not ready:
+            self._release()
+        return ready
+
+    def step(self) -> tuple[Event | None, int]:
+        """Map and copy the next layer; the event behind its copies, and their bytes."""
+        stream, before = self._pager.h2d, self.bytes
+        if len(self._left) == len(self.order):
+            self.begun.record(stream)
+        layer = self._left[0]
+        row = self._steps[layer]
+        if row:
+            self._issue_layer(layer, row, stream)
+            self._steps[layer] = []
+        self._left.popleft()
+        with self.changed:
+            self.issued[layer] = 1
+            self.changed.notify_all()
+        return self.arrival[layer], self.bytes - before
+
+    @property
+    def left(self) -> int:
+        """Layers to go."""
+        return 0 if self.cancelled else len(self._left)
+
+    def finish(self, error: DjinnError | None) -> None:
+        """Nothing more will be issued. Called once."""
+        self.error = error
+        self._release()
+        self.restored.record(self._pager.h2d)
+        self.ended_s = time.perf_counter()
+        if error is None and any(self.arrival):
+            copies = (self.begun, self.restored)
+            self._pager.log(self.holding, "swap_in", self.bytes, self.ended_s - self.begun_s, copies)
+        self._pager.ended(self)
+        with self.changed:
+            self.done = True
+            self.changed.notify_all()
 
     # the plan
 
-    def _plan(self) -> dict[int, list[Step]]:
-        """What to map, by layer, with blocks and lenders claimed. Waits while another session moves one of them."""
+    def _plan(self, wait: bool) -> bool:
+        """What to map, by layer, with blocks and lenders claimed; waits while another session moves one of them."""
         lock = self._pager.lock
         with lock:
             while True:
-                steps = {layer: self._plan_layer(layer) for layer in self.order}
+                steps = {layer: self._plan_layer(layer) for layer in self._left}
                 flat = [step for row in steps.values() for step in row]
                 if not any(self._in_motion(step.source or step.block) for step in flat):
                     break
+                if not wait:
+                    return False
                 lock.wait()
+            self._steps = steps
             for step in flat:
                 step.block.loading = True
                 wanted = step.source or step.block
                 if wanted.places - {self.holding}:
                     step.lender = next(iter(wanted.places - {self.holding}))
                     step.lender.pins += 1
+                elif step.source is not None:
+                    step.source.readers += 1
+                    step.reading = True
             self._claim_tails()
-        return steps
+        return True
 
     def _in_motion(self, block: Block) -> bool:
         """Another session is loading it, or taking it off the device."""
@@ -184,47 +267,46 @@ class BringIn:
 
     # sources and extents
 
-    def _prepare_sources(self, steps: dict[int, list[Step]]) -> None:
+    def _flat(self) -> list[Step]:
+        return [step for row in self._steps.values() for step in row]
+
+    def _slow(self) -> bool:
+        """Something has to be read from disk, or displaced, before the first copy."""
+        for step in self._flat():
+            wanted = step.source or step.block
+            if step.lender is None and wanted.host_valid_bytes < wanted.disk_valid_bytes:
+                return True
+            if step.source is not None and self.holding in step.source.places:
+                return True
+        return False
+
+    def _prepare_sources(self) -> bool:
         """Everything that will be read is on the device of a lender, or whole on the host."""
         pager, holding = self._pager, self.holding
-        sources = [step.source for row in steps.values() for step in row if step.source]
-        here = [block for block in sources if holding.mapped.get(block.offset) is block]
+        here = [s.source for s in self._flat() if s.source and holding.mapped.get(s.source.offset) is s.source]
         if here:
             pager.displace(holding, here)
-        for row in steps.values():
-            for step in row:
-                wanted = step.source or step.block
-                if step.lender is None and wanted.device is None:
-                    pager.tiers.fetch(wanted, holding.id)
+        for step in self._flat():
+            wanted = step.source or step.block
+            if step.lender is None and wanted.device is None:
+                pager.tiers.fetch(wanted, holding.id)
+        return True
 
-    def _acquire(self, steps: dict[int, list[Step]]) -> None:
-        fresh = [step for row in steps.values() for step in row if step.source or step.block.device is None]
-        limit_s = self.holding.expected_resume_s if self.prefetch else None
-        extents = self._pager.acquire(self.holding, [step.block.size_bytes for step in fresh], limit_s)
+    def _acquire(self, wait: bool) -> bool:
+        fresh = [step for step in self._flat() if step.source or step.block.device is None]
+        sizes = [step.block.size_bytes for step in fresh]
+        if wait:
+            limit_s = self.holding.expected_resume_s if self.prefetch else None
+            extents = self._pager.acquire(self.holding, sizes, limit_s)
+        else:
+            extents = self._pager.take_free(self.holding.id, sizes)
+        if extents is None:
+            return False
         for step, extent in zip(fresh, extents, strict=True):
             step.extent = extent
+        return True
 
     # maps and copies
-
-    def _issue(self, steps: dict[int, list[Step]]) -> None:
-        pager, stream = self._pager, self._pager.h2d
-        self.begun.record(stream)
-        for layer in self.order:
-            if self.cancelled:
-                break
-            row = steps[layer]
-            if row:
-                self._issue_layer(layer, row, stream)
-                steps[layer] = []
-            if self.prefetch:
-                self.holding.arrival[layer].synchronize()
-            with self.changed:
-                self.issued[layer] = 1
-                self.changed.notify_all()
-        self.restored.record(stream)
-        if any(self.arrival):
-            copies = (self.begun, self.restored)
-            pager.log(self.holding, "swap_in", self.bytes, time.perf_counter() - self.begun_s, copies)
 
     def _issue_layer(self, layer: int, row: list[Step], stream: Stream) -> None:
         """Map and fill one layer's blocks, then commit them."""
@@ -289,18 +371,24 @@ class BringIn:
             if replaced is not None and not replaced.holders:
                 self._pager.tiers.discard(replaced)
         block.loading = False
+        self._let_go(step)
+
+    def _release(self) -> None:
+        """Give back what was claimed and not committed."""
+        with self._pager.lock:
+            for step in self._flat():
+                step.block.loading = False
+                self._let_go(step)
+                if step.extent is not None:
+                    self._pager.pool.give_back(step.extent)
+            self._steps = {}
+            self._pager.lock.notify_all()
+
+    def _let_go(self, step: Step) -> None:
+        """Whoever was read from may move again. The pager's lock is held."""
         if step.lender is not None:
             step.lender.pins -= 1
             step.lender = None
-
-    def _release(self, steps: dict[int, list[Step]]) -> None:
-        """Give back what was claimed and not committed."""
-        with self._pager.lock:
-            for row in steps.values():
-                for step in row:
-                    step.block.loading = False
-                    if step.lender is not None:
-                        step.lender.pins -= 1
-                    if step.extent is not None:
-                        self._pager.pool.give_back(step.extent)
-            self._pager.lock.notify_all()
+        if step.reading:
+            step.source.readers -= 1
+            step.reading = False

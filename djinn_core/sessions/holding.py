@@ -84,14 +84,15 @@ class Holding:
         if self.draining or self.moving or self.leaving or self.being_brought:
             return True
         try:
-            return not all(job.restored.query() for job in self.jobs)
+            return not all(job.complete() for job in self.jobs)
         except DjinnError:  # it failed, which is an end too; whoever resumes it is told
             return False
 
     def wait_issued(self, *, cancel: bool = False) -> None:
         """Return when no bring-in will map anything more here; with `cancel`, as soon as may be."""
         for job in list(self.jobs):
-            job.cancelled = job.cancelled or cancel or job.prefetch
+            if (cancel or job.prefetch) and not job.done:
+                job.cancel()
             job.wait_issued()
 
     @property

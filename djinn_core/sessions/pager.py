@@ -1,8 +1,7 @@
 """The pager: moves sessions between the device and the host. Whom to move, the policy says.
 
-One lock guards who holds what and in which state; maps, copies and waits happen outside of it. Two worker threads, each
-with a stream of its own, use both directions of the link at once: one writes paused sessions back, one brings sessions
-in (resumes first, then prefetches, which give way between two layers).
+One lock guards who holds what and in which state; maps, copies and waits happen outside of it. Both directions of the
+link are used at once, each by a stream and a thread of its own: a writer, and `Link`, which brings sessions in.
 
 Invariant: a running session's memory is never taken, and a paused one's only when it is clean. A move that fails leaves
 the session where it was, or partly on the device with its host copy whole, and can be tried again.
@@ -28,17 +27,18 @@ from djinn_core.sessions.bringin import BringIn
 from djinn_core.sessions.checkpoint import Boundary
 from djinn_core.sessions.holding import Holding
 from djinn_core.sessions.lineages import Lineages
+from djinn_core.sessions.link import Link
 from djinn_core.sessions.policy import Policy
 from djinn_core.sessions.state import SessionState, refusal
 from djinn_core.sessions.writeback import write_back
 
-PREFETCH_LEAD_S = 0.1  # how long before an expected resume its bring-in begins, besides the copy itself
-PREFETCH_BYTES_PER_S = 20e9
-TICK_S = 0.05
-
 
 class Pager(Lineages):
-    """Sessions of one runtime, and their memory. Thread-safe."""
+    """Sessions of one runtime, and their memory. Thread-safe.
+
+    Attributes:
+        link: bring-ins under way.
+    """
 
     def __init__(
         self,
@@ -49,15 +49,12 @@ class Pager(Lineages):
         policy: Policy | None = None,
     ) -> None:
         super().__init__(device, pool, host, disk, policy)
-        self._in: queue.SimpleQueue[BringIn | None] = queue.SimpleQueue()
         self._out: queue.SimpleQueue[Holding | Boundary | None] = queue.SimpleQueue()
         self._closed = False
-        self._threads = [
-            threading.Thread(target=self._work_in, name="djinn-pager-in", daemon=True),
-            threading.Thread(target=self._work_out, name="djinn-pager-out", daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._writer = threading.Thread(target=self._work_out, name="djinn-writer", daemon=True)
+        self._writer.start()
+        self.link = Link(self)
+        self.link.start()
 
     def open(self, layout: Layout, boundary_bytes: int) -> Holding:
         """Admit a session that may become as long as `layout` says. It holds no device memory yet.
@@ -86,10 +83,9 @@ class Pager(Lineages):
         if self._closed:
             return
         self._closed = True
-        self._in.put(None)
+        self.link.close()
         self._out.put(None)
-        for thread in self._threads:
-            thread.join()
+        self._writer.join()
         self.staging.close()
 
     def claim(self, holding: Holding, first: int, last: int, new: int) -> None:
@@ -124,9 +120,7 @@ class Pager(Lineages):
         holding.wait_issued()
         for job in list(holding.jobs):
             try:
-                if job.error is not None:
-                    raise job.error
-                if job.restored.query():
+                if job.complete():
                     holding.jobs.remove(job)
             except DjinnError:
                 self._distrust(holding)
@@ -227,7 +221,7 @@ class Pager(Lineages):
             return self._resume_behind(holding, first, reach)
         job = BringIn(self, holding, [*range(first, layers), *range(first)], reach)
         holding.jobs.append(job)
-        self._in.put(job)
+        self.link.put(job)
         return job
 
     def _resume_behind(self, holding: Holding, first: int, reach: list[int]) -> BringIn:
@@ -245,16 +239,16 @@ class Pager(Lineages):
     def _begin_deferred(self, holding: Holding) -> None:
         job, holding.deferred = holding.deferred, None
         if job is not None:
-            self._in.put(job)
+            self.link.put(job)
 
     def _forget(self, holding: Holding) -> None:
         """End earlier bring-ins, before another attempt: what is complete is forgotten, what failed is taken back."""
         holding.wait_issued(cancel=True)
         for job in list(holding.jobs):
             try:
-                if job.error is None and not job.restored.query():
+                if job.error is None and not job.complete():
                     continue
-            except DeviceError as error:
+            except DjinnError as error:
                 job.error = job.error or error
             if job.error is not None:
                 self._take_back(holding)
@@ -264,7 +258,7 @@ class Pager(Lineages):
     def raise_failed(self, holding: Holding) -> None:
         """Tell the caller of a bring-in that failed after `resume` had returned, once."""
         for job in list(holding.jobs):
-            if job.done and job.error is not None:
+            if job.done and job.error is not None and not job.prefetch:
                 self._take_back(holding)
                 raise job.error
 
@@ -274,7 +268,7 @@ class Pager(Lineages):
         if job.error is not None:
             self.log(holding, f"not brought in ({job.error})")
         with self.lock:
-            if job.prefetch and job in holding.jobs:
+            if job.prefetch and job.error is not None and not any(job.arrival) and job in holding.jobs:
                 holding.jobs.remove(job)
             self._settle_state(holding, job.error)
             if job.prefetch and not job.error:
@@ -306,7 +300,7 @@ class Pager(Lineages):
             reach = list(holding.table.lengths)
             job = BringIn(self, holding, range(len(reach)), reach, prefetch=True)
             holding.jobs.append(job)
-        self._in.put(job)
+        self.link.put(job)
 
     def wait_until(self, holding: Holding, what: str, timeout_s: float) -> None:
         """Block until the session is clean, released or restored."""
@@ -330,9 +324,8 @@ class Pager(Lineages):
         if what == "restored":
             for job in list(holding.jobs):
                 try:
-                    if job.error is not None:
-                        raise job.error
                     job.restored.synchronize()
+                    job.complete()
                 except DjinnError:
                     self._distrust(holding)
                     raise
@@ -406,36 +399,3 @@ class Pager(Lineages):
             except CapacityError:
                 if not optional or not holding.needed:
                     raise
-
-    def _work_in(self) -> None:
-        self.device.bind_thread()
-        while not self._closed:
-            try:
-                job = self._in.get(timeout=TICK_S)
-            except queue.Empty:
-                self._look_ahead()
-                continue
-            if job is None:
-                return
-            self._bring(job)
-
-    def _bring(self, job: BringIn) -> None:
-        try:
-            job.run()
-        except DjinnError as error:
-            job.error = error  # whoever waits for it is told; `ended` has put the session where it can try again
-
-    def _look_ahead(self) -> None:
-        """Begin the bring-in of sessions whose owners said that they come back soon."""
-        now_s = time.monotonic()
-        with self.lock:
-            due = [
-                h
-                for h in self.holdings.values()
-                if h.state is SessionState.SWAPPED
-                and h.expected_resume_s is not None
-                and not h.prefetch_tried
-                and h.expected_resume_s - now_s < PREFETCH_LEAD_S + h.layout.total_bytes / PREFETCH_BYTES_PER_S
-            ]
-        for holding in sorted(due, key=lambda h: h.expected_resume_s):
-            self.prefetch(holding)

@@ -1,7 +1,8 @@
 """Room on the device: extents, and who leaves when there are none. Whom, the policy says.
 
 Invariant: a running session's memory is never taken, and a paused one's only when it is clean. Extents for one pass are
-acquired together or not at all, and one caller acquires at a time, so that two cannot each hold half.
+taken together or not at all, so that two callers cannot each hold half, and what is free is taken without waiting for
+whoever is evicting.
 
 Not taken: paging single blocks on demand. A session is wanted as a whole, and half of one on the device serves nobody.
 """
@@ -55,7 +56,8 @@ class Room:
         self.d2h = device.stream()
         self.events: deque[PagerEvent] = deque(maxlen=EVENTS_KEPT)
         self.on_event: Callable[[PagerEvent], None] | None = None
-        self._acquiring = threading.RLock()
+        self._acquiring = threading.RLock()  # one caller evicts for itself at a time
+        self._taking = threading.Lock()  # extents for one pass are taken together
 
     def log(
         self,
@@ -198,11 +200,30 @@ class Room:
         """One extent, after evicting paused sessions if need be."""
         with self._acquiring:
             while True:
-                try:
-                    return self.pool.acquire(size_bytes, kind, owner)
-                except OutOfDeviceMemory:
-                    if not self._make_room(size_bytes, None, None):
-                        raise
+                with self._taking:
+                    try:
+                        return self.pool.acquire(size_bytes, kind, owner)
+                    except OutOfDeviceMemory as error:
+                        full = error
+                if not self._make_room(size_bytes, None, None):
+                    raise full
+
+    def take_free(self, owner: str, sizes: Sequence[int]) -> list[Extent] | None:
+        """Extents of all `sizes` out of what is free now, or None and nothing taken."""
+        with self._taking:
+            if sum(sizes) > self.pool.free_bytes:
+                return None
+            got: list[Extent] = []
+            try:
+                for size_bytes in sizes:
+                    got.append(self.pool.acquire(size_bytes, Kind.KV, owner))
+            except BaseException as error:
+                for extent in got:
+                    self.pool.give_back(extent)
+                if isinstance(error, OutOfDeviceMemory):
+                    return None
+                raise
+        return got
 
     def acquire(self, holding: Holding, sizes: Sequence[int], limit_s: float | None = None) -> list[Extent]:
         """Extents of all `sizes`, or none. Paused sessions make room; with `limit_s` only ones expected later.
@@ -210,28 +231,18 @@ class Room:
         Raises:
             OutOfDeviceMemory: what is left belongs to running sessions; nothing changed for them.
         """
-        got: list[Extent] = []
-        left = sum(sizes)
+        if (got := self.take_free(holding.id, sizes)) is not None:
+            return got
+        needed_bytes = sum(sizes)
         with self._acquiring:
-            try:
-                for size_bytes in sizes:
-                    while True:
-                        try:
-                            got.append(self.pool.acquire(size_bytes, Kind.KV, holding.id))
-                            break
-                        except OutOfDeviceMemory as error:
-                            if not self._make_room(left, holding, limit_s):
-                                raise OutOfDeviceMemory(
-                                    f"session {holding.id} needs {left:,} bytes more, and no other paused session can "
-                                    "leave the device; pause or close one and try again",
-                                    needed_bytes=left,
-                                    free_bytes=error.free_bytes,
-                                ) from error
-                    left -= size_bytes
-            except BaseException:
-                for extent in got:
-                    self.pool.give_back(extent)
-                raise
+            while (got := self.take_free(holding.id, sizes)) is None:
+                if not self._make_room(needed_bytes, holding, limit_s):
+                    raise OutOfDeviceMemory(
+                        f"session {holding.id} needs {needed_bytes:,} bytes more, and no other paused session can "
+                        "leave the device; pause or close one and try again",
+                        needed_bytes=needed_bytes,
+                        free_bytes=self.pool.free_bytes,
+                    )
         return got
 
     def _make_room(self, needed_bytes: int, keep: Holding | None, limit_s: float | None) -> bool:
@@ -249,6 +260,18 @@ class Room:
                 if holding is not None:
                     freed_any |= self._try_evict(holding)
         return freed_any
+
+    def make_room_clean(self, wanted_bytes: int, limit_s: float) -> None:
+        """Unmap clean sessions not expected before `limit_s` until `wanted_bytes` are free, or none is left."""
+        tried: set[str] = set()
+        while (missing := wanted_bytes - self.pool.free_bytes) > 0:
+            clean = [c for c in self._candidates(None, limit_s, tried) if c.clean]
+            chosen = [name for name in self.policy.choose(clean, missing, time.monotonic()) if name not in tried][:1]
+            holding = self.holdings.get(chosen[0]) if chosen else None
+            if holding is None:
+                return
+            tried.add(holding.id)
+            self._try_evict(holding)
 
     def _try_evict(self, holding: Holding) -> bool:
         self.log(holding, "chosen", holding.own_device_bytes)

@@ -1,0 +1,185 @@
+"""The link to the device: bring-ins under way share it layer by layer, the most urgent first.
+
+One worker issues. Before each layer it asks again who is the most urgent, and it keeps so little in flight that a
+resume's first layer begins within a layer's time, and so much that the link never idles: before a layer is issued the
+one before the last must have arrived, not the last. A second worker does what may take long, so that the first never
+does: reading from disk, evicting, waiting for other sessions' transfers, and looking ahead.
+
+Not taken: a stream for each session. The copy engine would serve them in turn, and a resume's first layer would get a
+share of the link instead of all of it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from djinn_core.device.base import Event
+from djinn_core.errors import DeviceError, DjinnError
+from djinn_core.sessions.ahead import look_ahead
+
+if TYPE_CHECKING:
+    from djinn_core.sessions.bringin import BringIn
+    from djinn_core.sessions.pager import Pager
+
+IN_FLIGHT_BYTES = 64 << 20
+TICK_S = 0.05
+
+
+class Stage(Enum):
+    """How far a bring-in has come."""
+
+    WANTED = "wanted"
+    BLOCKED = "has to wait for someone first"
+    WAITING = "is being prepared"
+    PREPARED = "holds all that its layers need"
+
+
+_NEXT = {
+    Stage.WANTED: {Stage.BLOCKED, Stage.PREPARED},
+    Stage.BLOCKED: {Stage.WAITING, Stage.PREPARED},
+    Stage.WAITING: {Stage.PREPARED},
+    Stage.PREPARED: set(),
+}
+
+
+class Link:
+    """The bring-ins of one runtime. Thread-safe; a bring-in is forgotten when it has ended."""
+
+    def __init__(self, pager: Pager) -> None:
+        self._pager = pager
+        self._changed = threading.Condition()
+        self._stages: dict[BringIn, Stage] = {}
+        self._flying: deque[tuple[BringIn, Event, int]] = deque()
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._issue, name="djinn-link", daemon=True),
+            threading.Thread(target=self._prepare, name="djinn-ahead", daemon=True),
+        ]
+
+    def start(self) -> None:
+        """Begin to work."""
+        for thread in self._threads:
+            thread.start()
+
+    def put(self, job: BringIn) -> None:
+        """Begin; returns at once. The job ends with `Pager.ended`, in any case."""
+        with self._changed:
+            self._stages[job] = Stage.BLOCKED if job.prefetch else Stage.WANTED
+            self._changed.notify_all()
+
+    def nudge(self) -> None:
+        """A bring-in was cancelled."""
+        with self._changed:
+            self._changed.notify_all()
+
+    @property
+    def idle(self) -> bool:
+        """No bring-in is under way."""
+        return not self._stages
+
+    def close(self) -> None:
+        """End the workers. Nothing is under way any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _pick(self, *stages: Stage) -> BringIn | None:
+        """The most urgent in one of `stages`. The lock is held."""
+        jobs = [job for job, stage in self._stages.items() if stage in stages]
+        return min(jobs, key=lambda job: job.urgency, default=None)
+
+    def _to_issue(self) -> BringIn | None:
+        """Whose turn it is on the link. The lock is held."""
+        for job, stage in self._stages.items():
+            if job.cancelled and stage is not Stage.WAITING:
+                self._stages[job] = Stage.PREPARED  # nobody else takes it up
+                return job
+        return self._pick(Stage.WANTED, Stage.PREPARED)
+
+    def _go(self, job: BringIn, to: Stage) -> None:
+        with self._changed:
+            if to not in _NEXT[self._stages[job]]:
+                raise AssertionError(f"a bring-in that {self._stages[job].value} cannot become {to.value}")
+            self._stages[job] = to
+            self._changed.notify_all()
+
+    def _end(self, job: BringIn, error: DjinnError | None) -> None:
+        with self._changed:
+            del self._stages[job]
+            self._changed.notify_all()
+        job.finish(error)
+
+    # the worker that issues
+
+    def _issue(self) -> None:
+        self._pager.device.bind_thread()
+        while True:
+            with self._changed:
+                while (job := self._to_issue()) is None and not self._closed:
+                    self._changed.wait()
+                if job is None:
+                    return
+                stage = self._stages[job]
+            try:
+                if not job.left:
+                    self._end(job, None)
+                elif stage is Stage.WANTED:
+                    self._go(job, Stage.PREPARED if job.prepare(wait=False) else Stage.BLOCKED)
+                elif self._has_room():
+                    event, size_bytes = job.step()
+                    if event is not None:
+                        self._flying.append((job, event, size_bytes))
+            except DjinnError as error:  # whoever waits for it is told; `ended` puts the session where it can try again
+                self._end(job, error)
+
+    def _has_room(self) -> bool:
+        """Whether another layer may be issued. If not, waits for the oldest in flight; someone else may go then."""
+        while self._flying and self._arrived(self._flying[0][1]):
+            self._flying.popleft()
+        if sum(size_bytes for _, _, size_bytes in self._flying) <= IN_FLIGHT_BYTES:
+            return True
+        job, event, _ = self._flying.popleft()
+        try:
+            event.synchronize()
+        except DeviceError as error:
+            if job in self._stages:
+                self._end(job, error)
+        return False
+
+    def _arrived(self, event: Event) -> bool:
+        try:
+            return event.query()
+        except DeviceError:  # found again by whoever asks its bring-in
+            return True
+
+    # the worker that waits
+
+    def _prepare(self) -> None:
+        self._pager.device.bind_thread()
+        look_s = time.monotonic()
+        while True:
+            with self._changed:
+                job = self._pick(Stage.BLOCKED)
+                if job is not None:
+                    self._stages[job] = Stage.WAITING
+                elif self._closed:
+                    return
+                elif (left_s := look_s - time.monotonic()) > 0:
+                    self._changed.wait(left_s)
+                    continue
+            if job is None:
+                look_ahead(self._pager)
+                look_s = time.monotonic() + TICK_S
+                continue
+            try:
+                if job.left:
+                    job.prepare(wait=True)
+                self._go(job, Stage.PREPARED)
+            except DjinnError as error:
+                self._end(job, error)

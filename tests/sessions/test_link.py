@@ -1,0 +1,163 @@
+"""The link is shared layer by layer, the most urgent first, and room is made before anyone waits for it."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from djinn_core.sessions import Session, SessionState, link
+from tests.sessions.oracle import Oracle, prompt
+from tests.sessions.rigs import LAYERS, MakeRig, Rig
+
+SESSION_BYTES = LAYERS * (64 << 10)
+LINK_GBPS = 0.0002  # 15 tokens of a layer take 38 ms
+
+
+def released(rig: Rig, seed: int) -> Session:
+    session = rig.open()
+    session.forward(prompt(seed=seed))
+    session.pause(release=True)
+    session.wait_until("released", 10)
+    return session
+
+
+def order_of(jobs: dict[str, object]) -> list[str]:
+    """Layers in the order in which they arrived, named after their session."""
+    first = next(iter(jobs.values())).begun
+    rows = [
+        (first.elapsed_time(event), f"{name}{layer}")
+        for name, job in jobs.items()
+        for layer, event in enumerate(job.arrival)
+    ]
+    return [name for _, name in sorted(rows)]
+
+
+@pytest.fixture
+def slow(make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> Rig:
+    """A slow link, with two layers in flight at most."""
+    monkeypatch.setattr(link, "IN_FLIGHT_BYTES", 12_000)
+    return make_rig()
+
+
+def test_a_second_resume_gets_its_first_layer_soon(slow: Rig) -> None:
+    one, two = released(slow, 1), released(slow, 2)
+    slow.device.link_gbps = LINK_GBPS
+    one.resume()
+    time.sleep(0.01)
+    two.resume()
+    for session in (one, two):
+        session.wait_until("restored", 10)
+    order = order_of({"a": one.trace.job, "b": two.trace.job})
+    assert order.index("b0") <= 2 < order.index("a3") < order.index("b1")
+    slow.device.link_gbps = None
+    for seed, session in ((1, one), (2, two)):
+        oracle = Oracle(slow.stock)
+        logits = oracle.forward(prompt(seed=seed))
+        wanted = oracle.greedy(logits, 1)[0]
+        assert torch.equal(session.forward(logits.float().argmax(-1)[:, None]), wanted)
+
+
+def test_a_prefetch_gives_way_to_a_resume(slow: Rig) -> None:
+    early, late = released(slow, 1), released(slow, 2)
+    slow.device.link_gbps = LINK_GBPS
+    early.prefetch()
+    prefetch = early._holding.jobs[0]
+    while not any(prefetch.issued):
+        time.sleep(0.001)
+    late.resume()
+    late.wait_until("restored", 10)
+    early.wait_until("restored", 10)
+    order = order_of({"p": prefetch, "r": late.trace.job})
+    assert order.index("r3") < order.index("p3"), order
+    assert early.state is SessionState.PAUSED
+
+
+def test_the_link_never_idles_within_a_bring_in(slow: Rig) -> None:
+    session = released(slow, 1)
+    slow.device.link_gbps = LINK_GBPS
+    session.prefetch()
+    job = session._holding.jobs[0]
+    session.wait_until("restored", 10)
+    layer_ms = session.length * session._holding.layout.token_bytes / LINK_GBPS / 1e6
+    assert job.begun.elapsed_time(job.restored) < LAYERS * layer_ms * 1.1
+
+
+def test_room_is_made_before_anyone_needs_it(make_rig: MakeRig) -> None:
+    rig = make_rig(device_bytes=8 * SESSION_BYTES)
+    pager = rig.sessions.pager
+    sessions = [rig.open() for _ in range(9)]
+    for seed, session in enumerate(sessions):
+        session.forward(prompt(seed=seed))
+        session.pause()
+        session.wait_until("clean", 10)
+    away = next(session for session in sessions if session.state is SessionState.SWAPPED)
+    wait_for(lambda: rig.pool.free_bytes >= SESSION_BYTES)
+    time.sleep(4 * link.TICK_S)
+    before = len(pager.events)
+    time.sleep(4 * link.TICK_S)
+    assert len(pager.events) == before, "it goes on evicting while nobody wants anything"
+    away.resume()
+    away.wait_until("restored", 10)
+    kinds = [event.event for event in list(pager.events)[before:]]
+    assert "swap_in" in kinds and "evict" not in kinds[: kinds.index("swap_in")]
+
+
+def test_nobody_is_evicted_while_all_fit(make_rig: MakeRig) -> None:
+    rig = make_rig(device_bytes=8 * SESSION_BYTES)
+    sessions = [rig.open() for _ in range(4)]
+    for session in sessions:
+        session.forward(prompt())
+        session.pause()
+    time.sleep(6 * link.TICK_S)
+    assert all(session.state is SessionState.PAUSED for session in sessions)
+
+
+def test_room_is_not_made_of_those_who_come_back_first(make_rig: MakeRig) -> None:
+    rig = make_rig(device_bytes=8 * SESSION_BYTES)
+    away = rig.open()
+    away.forward(prompt())
+    away.pause(expected_resume_s=500.0, release=True)
+    away.wait_until("released", 10)
+    sessions = []
+    while rig.pool.free_bytes >= SESSION_BYTES:
+        session = rig.open()
+        session.forward(prompt())
+        session.pause(expected_resume_s=100.0)
+        session.wait_until("clean", 10)
+        sessions.append(session)
+    time.sleep(6 * link.TICK_S)
+    assert all(session.state is SessionState.PAUSED for session in sessions)
+    sessions[1].resume()
+    sessions[1].pause(expected_resume_s=900.0)
+    wait_for(lambda: rig.pool.free_bytes >= SESSION_BYTES)
+    assert sessions[1].state is SessionState.SWAPPED
+
+
+def wait_for(reached) -> None:
+    deadline_s = time.monotonic() + 10
+    while not reached():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def test_a_place_that_is_wanted_before_the_last_one_was_reached(slow: Rig) -> None:
+    """A resume cancels the one before it, in the middle, and its pass waits only for what was issued."""
+    session = slow.open()
+    oracle = Oracle(slow.stock)
+    logits = oracle.forward(prompt())
+    session.forward(prompt())
+    token = logits.float().argmax(-1)[:, None]
+    between = session.checkpoint()
+    point = session.forward(token, stop_after=1)
+    session.pause(release=True)
+    session.wait_until("released", 10)
+    slow.device.link_gbps = LINK_GBPS
+    wanted = oracle.forward(token)
+    for _ in range(3):
+        session.resume(between)
+        assert torch.equal(session.resume(point), wanted)
+        session.pause()
+        session.wait_until("clean", 10)
+        slow.sessions.pager.evict(session._holding)
