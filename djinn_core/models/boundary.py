@@ -101,6 +101,9 @@ class _Layers(nn.ModuleList):
             kept[key] = (modules, nn.ModuleList(modules[index]))
         return kept[key][1]
 
+    def _get_name(self) -> str:
+        return "ModuleList"  # the model prints as the stock one does
+
 
 class Boundary:
     """The wrappers of one model, and what they count.
