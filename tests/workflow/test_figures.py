@@ -323,3 +323,16 @@ def test_publishing_refuses_what_cannot_stand(run: Maker, tmp_path: Path, fault:
     with pytest.raises(ResultError, match=said[fault]):
         publish.publish(run.folder, target, replace=False)
     assert not target.exists()
+
+
+def test_a_published_set_says_which_system_was_not_run(run: Maker, tmp_path: Path):
+    run.resume()
+    (run.folder / "resume/manual_offload_pageable.json").unlink()
+    with pytest.raises(ResultError, match=r"manual_offload_pageable\.json is missing"):
+        publish.publish(run.folder, tmp_path / "published", replace=False)
+    why = {"resume/manual_offload_pageable": "no time was left"}
+    publish.publish(run.folder, tmp_path / "published", replace=False, without=why)
+    drawn = pd.read_csv(tmp_path / "published/figures/fig7.csv")
+    assert drawn[drawn["method"] == "manual_offload_pageable"]["status"].tolist() == ["not_run"]
+    assert drawn[drawn["method"] == "manual_offload_pinned"]["median"].notna().all()
+    assert "not run" in (tmp_path / "published/figures/table1.md").read_text()

@@ -126,8 +126,8 @@ def draw(results_dir: Path, out: Path, csv: Path) -> None:
     certificate = read_certificate(results_dir / "certificate.json")
     table = collect(results)
     djinn = next(result for result in results if result.system == "djinn")
-    fig, (ready, logits, token) = plt.subplots(1, 3, figsize=(style.PAGE_IN, 2.7), width_ratios=(1, 1, 0.9))
-    fig.subplots_adjust(left=0.07, right=0.99, top=0.8, bottom=0.175, wspace=0.2)
+    fig, (ready, logits, token) = plt.subplots(1, 3, figsize=(style.PAGE_IN, 2.85), width_ratios=(1, 1, 0.9))
+    fig.subplots_adjust(left=0.07, right=0.99, top=0.755, bottom=0.165, wspace=0.2)
     lines(ready, table, "ready_ms")
     ready.set_yscale("log", nonpositive="clip")
     ready.yaxis.set_major_formatter("{x:g}")
@@ -162,7 +162,7 @@ def legend(fig: plt.Figure, results: list[ResultFile]) -> None:
     for state, words in ((WHOLE, "link bound, whole state"), (BOUNDARY, "link bound, activation")):
         handles.append(plt.Line2D([], [], color=style.INK, linewidth=0.9, linestyle=BOUNDS[state], label=words))
     fig.legend(
-        handles=handles, loc="upper center", ncol=5, bbox_to_anchor=(0.5, 1.0), columnspacing=1.1, handlelength=2.2
+        handles=handles, loc="upper center", ncol=4, bbox_to_anchor=(0.5, 1.0), columnspacing=1.1, handlelength=2.2
     )
 
 

@@ -23,6 +23,7 @@ from workflow.lib.stats import summarise
 
 # the name under which a file's own rows stand in the dimension `method`, where it is not the system's
 OWN_METHOD = {"djinn_uncapped": "djinn"}
+NOT_RUN = "not_run.json"  # beside a published set's certificate
 IDENTITY = ("metric", "value", "unit", "warmup")
 
 
@@ -147,8 +148,32 @@ def read_comparable(paths: Iterable[str | Path]) -> list[ResultFile]:
 
 
 def read_folder(folder: str | Path, systems: Sequence[str]) -> list[ResultFile]:
-    """`read_comparable` over `{folder}/{system}.json` for those systems."""
-    return read_comparable(Path(folder) / f"{system}.json" for system in systems)
+    """`{folder}/{system}.json` for those systems, in that order.
+
+    A published set may lack a system, if its `not_run.json` says so and why; it then reads as `not_run`.
+
+    Raises:
+        ResultError: a file is missing and nothing says why, or the files may not be compared.
+    """
+    folder = Path(folder)
+    reasons = not_run_reasons(folder.parent)
+    absent = {s: reasons[f"{folder.name}/{s}"] for s in systems if f"{folder.name}/{s}" in reasons}
+    results = read_comparable(folder / f"{system}.json" for system in systems if system not in absent)
+    found = {result.system: result for result in results}
+    return [found.get(s) or not_run(folder / f"{s}.json", absent[s], results[0]) for s in systems]
+
+
+def not_run_reasons(folder: Path) -> dict[str, str]:
+    """Why a published set lacks a system, by `experiment/system`; empty for a run of the pipeline."""
+    path = folder / NOT_RUN
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def not_run(path: Path, reason: str, beside: ResultFile) -> ResultFile:
+    """The place of a system that was not run on the machine, and with the code, of the others."""
+    nothing = {"config": {}, "limits": {}, "weights": {}, "samples": [], "summary": [], "checks": {}}
+    told = {"system": path.stem, "status": "not_run", "reason": reason}
+    return ResultFile(path, {**beside.data, **nothing, **told})
 
 
 @dataclass(frozen=True)

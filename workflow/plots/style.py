@@ -135,6 +135,8 @@ def machine_line(results: Sequence[ResultFile]) -> str:
     commit = str(first.data["source"].get("commit") or "unknown")[:10]
     dirty = "+changes" if first.data["source"].get("dirty") else ""
     model = first.config.get("model", "")
+    if isinstance(model, dict):
+        model = model["path"] or model["name"]
     words = [str(device), str(model), f"run {first.data.get('run', '?')}", f"code {commit}{dirty}"]
     return " · ".join(word for word in words if word)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from workflow.lib.results import ResultError, write_json, write_text
 from workflow.plots import fig5, fig6, fig7, table1
-from workflow.plots.load import ResultFile, read, read_certificate
+from workflow.plots.load import NOT_RUN, ResultFile, read, read_certificate
 from workflow.scripts import claims
 
 PUBLISHED = Path("results/published")
@@ -86,8 +86,18 @@ def draw_figures(folder: Path) -> list[str]:
     return drawn
 
 
-def publish(folder: Path, target: Path, *, replace: bool, claims_path: Path = claims.CLAIMS) -> list[str]:
+def publish(
+    folder: Path,
+    target: Path,
+    *,
+    replace: bool,
+    without: dict[str, str] | None = None,
+    claims_path: Path = claims.CLAIMS,
+) -> list[str]:
     """Publish the run in `folder` as `target`; returns the figures drawn.
+
+    Args:
+        without: why a system was not run, by `experiment/system`; figures and claims show it as not run.
 
     Raises:
         ResultError: the target is there and `replace` is not given, or the results are unfit; nothing is changed.
@@ -99,6 +109,8 @@ def publish(folder: Path, target: Path, *, replace: bool, claims_path: Path = cl
     shutil.rmtree(aside, ignore_errors=True)
     try:
         copy_results(folder, aside)
+        if without:
+            write_json(aside / NOT_RUN, without)
         drawn = draw_figures(aside)
         judged = claims.judge_all(claims.load_claims(claims_path), aside)
         write_json(aside / "claims.json", claims.document(judged, aside))
@@ -117,10 +129,18 @@ def main() -> int:
     parser.add_argument("--machine", required=True, help="the name to publish under, such as h200")
     parser.add_argument("--published", type=Path, default=PUBLISHED, help="the folder of published sets")
     parser.add_argument("--replace", action="store_true", help="publish over a set of that name")
+    parser.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        metavar="EXPERIMENT/SYSTEM=WHY",
+        help="a system that was not run; without this, a missing file is refused",
+    )
     args = parser.parse_args()
+    without = dict(entry.partition("=")[::2] for entry in args.without)
     target = args.published / args.machine
     try:
-        drawn = publish(args.results, target, replace=args.replace)
+        drawn = publish(args.results, target, replace=args.replace, without=without)
     except ResultError as error:
         print(f"publish: {error}", file=sys.stderr)
         return 1
