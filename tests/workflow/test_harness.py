@@ -19,13 +19,14 @@ import torch
 
 from djinn_core import machine
 from djinn_core.errors import OutOfDeviceMemory, UnsupportedModel, WeightsError
-from workflow.lib import children, harness, identity
+from workflow.lib import children, harness, identity, limits
 from workflow.lib.gpulock import gpu_lock
 from workflow.lib.memory import MemorySampler
 from workflow.lib.results import read_result
 
 ROOT = Path(__file__).resolve().parents[2]
 STEADY = {"h2d_gbps": 50.0, "d2h_gbps": 50.0, "bidirectional_gbps": 80.0, "peer_gbps": None}
+DRIFT = {"drift_allowed": 0.02, "drift_decides": True}
 
 
 @pytest.fixture(autouse=True)
@@ -49,11 +50,18 @@ def _as_it_was() -> Iterator[None]:
         os.environ["OMP_NUM_THREADS"] = omp
 
 
-def run(tmp_path: Path, body: Any, *, rates: list[dict[str, Any]] | None = None, overrides: Any = ()) -> dict[str, Any]:
-    out = tmp_path / "streaming" / "djinn.json"
+def run(
+    tmp_path: Path,
+    body: Any,
+    *,
+    rates: list[dict[str, Any]] | None = None,
+    overrides: Any = (),
+    experiment: str = "streaming",
+) -> dict[str, Any]:
+    out = tmp_path / experiment / "djinn.json"
     args = Namespace(run="cpu", out=out, overrides=list(overrides), log=tmp_path / "log")
     measured = iter(rates or [STEADY, STEADY])
-    with harness.experiment(args, experiment="streaming", system="djinn", measure=lambda *_: next(measured)) as exp:
+    with harness.experiment(args, experiment=experiment, system="djinn", measure=lambda *_: next(measured)) as exp:
         body(exp)
     return read_result(out)
 
@@ -125,6 +133,34 @@ def test_a_link_that_drifts_makes_it_inconclusive(after: float, status: str, tmp
     document = run(tmp_path, measured, rates=rates, overrides=["machine.limits.drift_decides=true"])
     assert document["status"] == status
     assert document["limits"]["drift"] == pytest.approx(abs(after - 50) / 50)
+    assert status == "ok" or "h2d_gbps by 2.2%" in document["reason"]
+
+
+@pytest.mark.parametrize("rate", ["h2d_gbps", "d2h_gbps", "bidirectional_gbps"])
+@pytest.mark.parametrize(
+    ("experiment", "decides"),
+    [
+        ("streaming", {"h2d_gbps"}),
+        ("resume", {"h2d_gbps", "d2h_gbps"}),
+        ("pressure", {"h2d_gbps", "d2h_gbps", "bidirectional_gbps"}),
+    ],
+)
+def test_the_rates_that_an_experiment_uses_decide(experiment: str, decides: set, rate: str, tmp_path: Path) -> None:
+    rates = [STEADY, STEADY | {rate: 0.9 * STEADY[rate]}]
+    on = ["machine.limits.drift_decides=true"]
+    document = run(tmp_path, measured, rates=rates, overrides=on, experiment=experiment)
+    link = document["limits"]
+    assert set(link["drift_of"]) == decides
+    assert link["drift_by_rate"][rate] == pytest.approx(0.1) and link["drift_by_rate"]["peer_gbps"] is None
+    assert link["drift"] == pytest.approx(0.1 if rate in decides else 0.0)
+    assert document["status"] == ("inconclusive" if rate in decides else "ok")
+    assert (rate in document["reason"]) == (rate in decides)
+
+
+def test_an_experiment_without_an_entry_uses_every_rate() -> None:
+    section = limits.bracket("new", STEADY, STEADY | {"d2h_gbps": 51.5}, {"limits": DRIFT})
+    assert section["drift_of"] == list(limits.RATES)
+    assert limits.moved(section) == {"d2h_gbps": pytest.approx(0.03)}
 
 
 def test_without_a_gpu_drift_decides_nothing_and_says_so(tmp_path: Path) -> None:

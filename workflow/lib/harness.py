@@ -178,7 +178,8 @@ def experiment(
             traceback.clear_frames(error.__traceback__)  # their tensors would stand in the way of the next measurement
         took_s = time.monotonic() - began_s
         give_back_memory(device)
-        result.limits = limits.bracket(before, measure(device, config["machine"]), config["machine"])
+        after = measure(device, config["machine"])
+        result.limits = limits.bracket(experiment, before, after, config["machine"])
         result.machine["state"]["after"] = machine.state(uuid)
     judge(result)
     result.write(args.out)
@@ -274,13 +275,15 @@ def give_back_memory(device: str) -> None:
 
 
 def judge(result: Result) -> None:
-    """Foreign processes and a drifting link make a measurement inconclusive."""
+    """Foreign processes, and drift of a rate that the experiment's ratios use, make a measurement inconclusive."""
     if result.machine["state"]["after"]["foreign_processes"]:
         reason = foreign_reason(result, "after")
         if result.status == "out_of_memory":  # whose memory it was cannot be said
             result.status = "inconclusive"
         result.fail("inconclusive", reason)
     link = result.limits
-    if link["drift_decides"] and link["drift"] > link["drift_allowed"]:
+    drifted = limits.moved(link)
+    if link["drift_decides"] and drifted:
+        by = ", ".join(f"{name} by {share:.1%}" for name, share in drifted.items())
         allowed = f"{link['drift_allowed']:.0%} is allowed"
-        result.fail("inconclusive", f"the link drifted by {link['drift']:.1%} around the measurement, {allowed}")
+        result.fail("inconclusive", f"the link drifted around the measurement: {by}; {allowed}")

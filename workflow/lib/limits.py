@@ -7,6 +7,13 @@ from typing import Any
 from djinn_core.certify import measure_limits
 
 RATES = ("h2d_gbps", "d2h_gbps", "bidirectional_gbps", "peer_gbps")
+# What an experiment's ratios to the link use; only the drift of these decides. One that is not here uses all four.
+RATES_USED = {
+    "certify": ("h2d_gbps",),
+    "streaming": ("h2d_gbps",),
+    "resume": ("h2d_gbps", "d2h_gbps"),
+    "pressure": ("h2d_gbps", "d2h_gbps", "bidirectional_gbps"),
+}
 
 
 def measure(device: str, machine_settings: dict[str, Any]) -> dict[str, float | None]:
@@ -20,32 +27,45 @@ def measure(device: str, machine_settings: dict[str, Any]) -> dict[str, float | 
     )
 
 
-def drift(before: dict[str, float | None], after: dict[str, float | None]) -> float:
-    """The largest change of a rate, as a share of the rate before."""
-    changes = [
-        abs(after[name] - before[name]) / before[name]
+def drift(before: dict[str, float | None], after: dict[str, float | None]) -> dict[str, float | None]:
+    """The change of each rate as a share of the rate before; None where it was not measured."""
+    return {
+        name: None if before[name] is None or after[name] is None else abs(after[name] - before[name]) / before[name]
         for name in RATES
-        if before[name] is not None and after[name] is not None
-    ]
-    return max(changes, default=0.0)
+    }
 
 
 def bracket(
-    before: dict[str, float | None], after: dict[str, float | None], machine_settings: dict[str, Any]
+    experiment: str,
+    before: dict[str, float | None],
+    after: dict[str, float | None],
+    machine_settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """A result's `limits`: the mean of before and after, both, and the drift with what it decides."""
+    """A result's `limits`: the mean of before and after, both, every rate's drift, and which of them decide.
+
+    `drift` is the largest among `drift_of`, the rates that this experiment's ratios use.
+    """
     settings = machine_settings["limits"]
     means = {
         name: None if before[name] is None or after[name] is None else (before[name] + after[name]) / 2
         for name in RATES
     }
+    by_rate, used = drift(before, after), RATES_USED.get(experiment, RATES)
     section = means | {
         "before": before,
         "after": after,
-        "drift": drift(before, after),
+        "drift": max((by_rate[name] for name in used if by_rate[name] is not None), default=0.0),
+        "drift_of": list(used),
+        "drift_by_rate": by_rate,
         "drift_allowed": settings["drift_allowed"],
         "drift_decides": settings["drift_decides"],
     }
     if not settings["drift_decides"]:
         section["note"] = "memory-to-memory copies of an emulated device: drift is recorded and decides nothing here"
     return section
+
+
+def moved(section: dict[str, Any]) -> dict[str, float]:
+    """The rates that decide and drifted by more than is allowed, each with its drift."""
+    by_rate = section["drift_by_rate"]
+    return {name: by_rate[name] for name in section["drift_of"] if (by_rate[name] or 0.0) > section["drift_allowed"]}
