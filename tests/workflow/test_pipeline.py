@@ -1,4 +1,4 @@
-"""The pipeline killed in the middle: nothing left behind, and the next run goes on."""
+"""The pipeline killed in the middle: nothing left behind, and the next run goes on. What it prints."""
 
 from __future__ import annotations
 
@@ -48,3 +48,36 @@ def test_a_killed_pipeline_is_taken_up_again(tmp_path: Path) -> None:
 
 def test_without_a_lock_nothing_is_removed(tmp_path: Path) -> None:
     assert remove_stale_locks(tmp_path) == []
+
+
+TALKING = """
+rule all:
+    input: "good", "bad"
+
+rule good:
+    input: "long-list-of-code.py"
+    output: "good"
+    shell: "touch {output}"
+
+rule bad:
+    input: "long-list-of-code.py"
+    output: "bad"
+    log: "bad.log"
+    shell: "python -c 'raise SystemExit(chr(115) + chr(97) + chr(100))'" + LOGGED
+"""
+
+
+def test_the_profile_prints_progress_and_errors_and_no_lists(tmp_path: Path) -> None:
+    common = (ROOT / "workflow" / "rules" / "common.smk").read_text()
+    logged = next(line for line in common.splitlines() if line.startswith("LOGGED = "))
+    (tmp_path / "Snakefile").write_text(logged + TALKING)
+    (tmp_path / "long-list-of-code.py").touch()
+    command = [sys.executable, "-m", "snakemake", "--workflow-profile", str(ROOT / "profiles" / "default")]
+    failed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    said = failed.stdout + failed.stderr
+    assert failed.returncode == 1 and (tmp_path / "good").exists()
+    assert "1 of 3 steps" in said and "> bad.log" in said
+    assert "sad" in said.splitlines()  # what the command printed, out of its log
+    assert "long-list" not in said
+    done = subprocess.run([*command, "-n", "good"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert "nothing to be done" in (done.stdout + done.stderr).lower()  # .ci/run looks for these words

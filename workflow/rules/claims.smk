@@ -33,4 +33,4 @@ rule claims:
         folder=results_folder,
     shell:
         "python -m workflow.scripts.claims --results {params.folder} --claims {input.claims}"
-        " --out {output.verdicts} --table {output.table} > {log} 2>&1"
+        " --out {output.verdicts} --table {output.table}" + LOGGED

@@ -49,6 +49,8 @@ RUN = auto_run() if config["run"] == "auto" else config["run"]
 settings_of(RUN)
 # Rules that measure take all cores that Snakemake has, so that no two of them ever run beside each other.
 ALL_CORES = workflow.cores or 1
+# The end of a command that keeps no log of its own: all that it prints goes to the rule's log, and is shown if it fails.
+LOGGED = " > {log} 2>&1 || {{ cat {log} >&2; exit 1; }}"
 
 
 wildcard_constraints:

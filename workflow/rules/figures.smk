@@ -28,7 +28,7 @@ rule fig5:
         folder=results_folder,
     shell:
         "python -m workflow.plots.fig5 --results {params.folder} --out {output.pdf} --csv {output.numbers}"
-        " > {log} 2>&1"
+        + LOGGED
 
 
 rule report:
@@ -54,7 +54,7 @@ rule report:
         folder=results_folder,
     shell:
         "python -m workflow.scripts.report --results {params.folder} --claims {input.claims} --out {output.text}"
-        " > {log} 2>&1"
+        + LOGGED
 
 
 rule fig6:
@@ -74,7 +74,7 @@ rule fig6:
         folder=results_folder,
     shell:
         "python -m workflow.plots.fig6 --results {params.folder} --out {output.pdf} --csv {output.numbers}"
-        " > {log} 2>&1"
+        + LOGGED
 
 
 rule fig7:
@@ -94,7 +94,7 @@ rule fig7:
         folder=results_folder,
     shell:
         "python -m workflow.plots.fig7 --results {params.folder} --out {output.pdf} --csv {output.numbers}"
-        " > {log} 2>&1"
+        + LOGGED
 
 
 rule table1:
@@ -120,7 +120,8 @@ rule table1:
     params:
         folder=results_folder,
     shell:
-        "python -m workflow.plots.table1 --results {params.folder} --out {output.markdown} > {log} 2>&1"
+        "python -m workflow.plots.table1 --results {params.folder} --out {output.markdown}"
+        + LOGGED
 
 
 rule memory_breakdown:
@@ -136,4 +137,5 @@ rule memory_breakdown:
     conda:
         "../../envs/figures.yaml"
     shell:
-        "python -m workflow.scripts.memory_breakdown --result {input.result} --out {output.text} > {log} 2>&1"
+        "python -m workflow.scripts.memory_breakdown --result {input.result} --out {output.text}"
+        + LOGGED
