@@ -8,7 +8,7 @@
 # experiment; an experiment takes part when its file is there.
 from snakemake.utils import min_version
 
-min_version("9.17")
+min_version("9.20")
 
 
 configfile: "config/config.yaml"
