@@ -159,13 +159,6 @@ def test_the_bootstrap_covers_the_median_and_repeats_itself() -> None:
     assert stats.bootstrap_ci95([4.0], seed=0) == (4.0, 4.0)
 
 
-def test_a_ratio_of_pairs_takes_their_common_noise_out() -> None:
-    noise = np.random.default_rng(2).uniform(1.0, 3.0, 60)
-    ratio, low, high = stats.ratio_ci95((1.1 * noise).tolist(), noise.tolist(), label="x")
-    assert ratio == pytest.approx(1.1)
-    assert (low, high) == (pytest.approx(1.1), pytest.approx(1.1))
-
-
 def test_rows_that_differ_in_a_dimension_are_summarised_apart() -> None:
     rows = [{"metric": "m", "unit": "s", "value": 1.0, "warmup": False, "layer": layer} for layer in (1, 2, 2)]
     assert [(row["layer"], row["n"]) for row in summary_of(rows)] == [(1, 1), (2, 2)]

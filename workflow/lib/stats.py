@@ -43,23 +43,3 @@ def summarise(values: Sequence[float], *, label: str) -> dict[str, float | int]:
     row: dict[str, float | int] = {"median": percentile(values, 50)}
     row |= {f"p{percent:02d}": percentile(values, percent) for percent in PERCENTILES}
     return row | {"ci95_low": low, "ci95_high": high, "n": len(values)}
-
-
-def ratio_ci95(
-    numerator: Sequence[float], denominator: Sequence[float], *, label: str, resamples: int = BOOTSTRAP_RESAMPLES
-) -> tuple[float, float, float]:
-    """Ratio of the medians with its 95 % bootstrap interval: (ratio, low, high).
-
-    Sequences of one length are taken as pairs and resampled together; others are resampled apart.
-    """
-    top = np.asarray(numerator, dtype=np.float64)
-    bottom = np.asarray(denominator, dtype=np.float64)
-    if top.size == 0 or bottom.size == 0:
-        raise ValueError(f"no values to compare for {label}")
-    generator = np.random.default_rng(seed_of(label))
-    top_draws = generator.integers(0, top.size, size=(resamples, top.size))
-    same = top.size == bottom.size
-    bottom_draws = top_draws if same else generator.integers(0, bottom.size, size=(resamples, bottom.size))
-    ratios = np.median(top[top_draws], axis=1) / np.median(bottom[bottom_draws], axis=1)
-    ratio = float(np.median(top) / np.median(bottom))
-    return ratio, float(np.percentile(ratios, 2.5)), float(np.percentile(ratios, 97.5))

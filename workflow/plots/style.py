@@ -54,7 +54,6 @@ HUES = (
 )
 INK = "0.25"
 PALE = "0.55"
-COLUMN_IN = 3.35
 PAGE_IN = 7.0
 
 

@@ -17,7 +17,7 @@ import torch
 
 import djinn_core as djinn
 from workflow.lib import harness
-from workflow.lib.results import NOT_APPLICABLE, read_result
+from workflow.lib.results import read_result
 from workflow.scripts.pressure_systems import served_run
 from workflow.scripts.pressure_systems.manual import StockTenant
 from workflow.scripts.pressure_systems.trace import MemoryTrace
@@ -168,12 +168,6 @@ def take_rounds(
 
     for round_index in range(workload.rounds):
         run_turns(tenants, workload.order(seed, round_index), callers, done)
-
-
-def cap_check(exp: harness.Experiment, trace: MemoryTrace, cap_bytes: int, seed: int) -> None:
-    """No sample above the cap, by NVML; on the emulated device by its own count."""
-    peak = trace.peak_bytes
-    exp.result.check(f"under_cap_seed_{seed}", NOT_APPLICABLE if peak is None else peak <= cap_bytes)
 
 
 if __name__ == "__main__":
