@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import threading
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,6 +90,48 @@ def test_what_is_missing_for_async_io_is_named(exp, peers, monkeypatch) -> None:
     with pytest.raises(Outcome, match="apt install libaio-dev") as raised, peers.nvme(exp):
         pass
     assert raised.value.status == "unsupported"
+
+
+@pytest.fixture
+def builds(peers, tmp_path, monkeypatch) -> list[bool]:
+    """A cache folder with the lock that a killed build left; each build says whether it found that lock."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (tmp_path / "async_io").mkdir()
+    (tmp_path / "async_io" / "lock").touch()
+    found: list[bool] = []
+    monkeypatch.setattr(peers.AsyncIOBuilder, "is_compatible", lambda self, verbose: True)
+    monkeypatch.setattr(
+        peers.AsyncIOBuilder, "load", lambda self, verbose: found.append((tmp_path / "async_io" / "lock").exists())
+    )
+    return found
+
+
+def test_the_lock_of_a_killed_build_does_not_stop_the_next(peers, builds) -> None:
+    assert peers.async_io_missing() is None
+    assert builds == [False]
+
+
+def test_the_lock_of_a_build_under_way_is_left_alone(peers, builds, tmp_path: Path) -> None:
+    with (tmp_path / "async_io" / "djinn.lock").open("w") as theirs:
+        fcntl.flock(theirs, fcntl.LOCK_EX)
+        second = threading.Thread(target=peers.async_io_missing)
+        second.start()
+        second.join(0.3)
+        assert second.is_alive() and not builds
+        assert (tmp_path / "async_io" / "lock").exists()
+    second.join(30)
+    assert builds == [False]
+
+
+def test_the_lock_of_a_build_that_did_not_ask_stays(peers, builds, tmp_path: Path) -> None:
+    with (tmp_path / "async_io" / "lock").open():
+        assert peers.async_io_missing() is None
+    assert builds == [True]
+
+
+def test_a_cache_that_cannot_be_written_is_named(peers, builds, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "async_io" / "lock"))
+    assert "was not built" in peers.async_io_missing()
 
 
 def test_a_disk_too_small_says_the_bytes(exp, peers, monkeypatch) -> None:

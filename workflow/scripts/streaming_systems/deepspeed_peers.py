@@ -6,6 +6,7 @@ DeepSpeed's own public functions throughout: `zero.Init` places each parameter o
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shutil
@@ -14,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 import yaml
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch.utils.cpp_extension import _get_build_directory
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
@@ -270,10 +272,36 @@ def async_io_missing() -> str | None:
     if not builder.is_compatible(verbose=False):
         return f"DeepSpeed's async_io needs libaio and a compiler; {ASYNC_IO_PACKAGES}"
     try:
-        builder.load(verbose=False)
+        with building_alone(builder.name, "pin_memory"):  # it builds the second one first
+            builder.load(verbose=False)
     except (RuntimeError, OSError, ImportError) as error:
         return f"DeepSpeed's async_io was not built ({ASYNC_IO_PACKAGES}): {str(error)[-400:]}"
     return None
+
+
+@contextmanager
+def building_alone(*names: str) -> Iterator[None]:
+    """Hold the build of these torch extensions against every other process that asks here.
+
+    Torch's own lock is a file that a killed build leaves behind, and the next build waits for it without end. One that
+    no process has open is such a rest, and goes; one of a build that did not ask here stays, and torch waits for it.
+    """
+    folders = [Path(_get_build_directory(name, verbose=False)) for name in names]
+    with (folders[0] / "djinn.lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        for folder in folders:
+            if not is_open(folder / "lock"):
+                (folder / "lock").unlink(missing_ok=True)
+        yield
+
+
+def is_open(path: Path) -> bool:
+    """Whether a process of this user has it open."""
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):  # the process is gone, or another user's
+            if link.samefile(path):
+                return True
+    return False
 
 
 if __name__ == "__main__":
