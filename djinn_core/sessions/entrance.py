@@ -45,7 +45,6 @@ def load_boundary(pager: Pager, holding: Holding, boundary: Boundary, trace: Tra
         trace.ready.record(pager.device.current_stream())
         return there
     slot = pager.staging.take()
-    slot.start.record(pager.staging.urgent)
     with boundary.lock:
         host = boundary.host
         boundary.readers += 1
@@ -53,14 +52,14 @@ def load_boundary(pager: Pager, holding: Holding, boundary: Boundary, trace: Tra
         if host is None:
             pager.tiers.fetch(boundary, holding.id)
             host = boundary.host
-        pager.staging.load(slot, host.tensor[: boundary.size_bytes])
+        pager.staging.load(slot, host.tensor)
     except BaseException:
         with boundary.lock:
             boundary.readers -= 1
         pager.staging.give_back(slot)
         raise
     holding.reading = (boundary, slot.ready)
-    trace.start, trace.ready = slot.start, slot.ready
+    trace.ready = slot.ready
     return slot
 
 

@@ -32,7 +32,8 @@ class Slot:
 
     Attributes:
         bytes: uint8 over all of it.
-        start, ready: timing events around the copy into it; `ready` is when its bytes are there.
+        ready: timing event behind the copy into it.
+        filled: on an outbound slot, behind what wrote it.
         free: after this event it may be overwritten.
     """
 
@@ -50,13 +51,21 @@ class Slot:
                 self._region.close()
             raise
         self.bytes = self._region.tensor
+        self._views: dict[int, torch.Tensor] = {}
         self.free = device.event()
+        self.filled = device.event()
         self.renew(device)
 
     def renew(self, device: Device) -> None:
-        """Fresh timing events: a trace keeps those of its own resume."""
-        self.start = device.event(timing=True)
+        """A fresh timing event: a trace keeps that of its own resume."""
         self.ready = device.event(timing=True)
+
+    def first(self, size_bytes: int) -> torch.Tensor:
+        """Its first bytes; the view is made once, since a resume waits for it."""
+        view = self._views.get(size_bytes)
+        if view is None:
+            view = self._views[size_bytes] = self.bytes[:size_bytes]
+        return view
 
     def close(self) -> None:
         for event in (self.free, self.ready):
@@ -125,9 +134,10 @@ class Staging:
         slot.close()
 
     def load(self, slot: Slot, source: torch.Tensor) -> None:
-        """Issue the copy of a boundary into `slot`; done at `slot.ready`. `slot.start` has been recorded."""
-        self.urgent.wait_event(slot.free)
-        self._device.copy(slot.bytes[: source.numel()], source, self.urgent, Direction.H2D)
+        """Issue the copy of a boundary into `slot`; done at `slot.ready`."""
+        if not slot.free.query():
+            self.urgent.wait_event(slot.free)
+        self._device.copy(slot.first(source.numel()), source, self.urgent, Direction.H2D)
         slot.ready.record(self.urgent)
 
     def store(self, hidden: torch.Tensor, target: torch.Tensor, written: Event) -> None:
@@ -140,8 +150,8 @@ class Staging:
         except DeviceError:  # the copy before failed; whoever wanted it is told by its own event
             slot.free = self._device.event()
         slot.bytes[:size_bytes].view(hidden.dtype).view(hidden.shape).copy_(hidden)
-        slot.start.record(compute)
-        self.out_stream.wait_event(slot.start)
+        slot.filled.record(compute)
+        self.out_stream.wait_event(slot.filled)
         self._device.copy(target, slot.bytes[:size_bytes], self.out_stream, Direction.D2H)
         slot.free.record(self.out_stream)
         written.record(self.out_stream)

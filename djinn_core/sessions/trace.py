@@ -17,7 +17,7 @@ class Trace:
 
     Attributes:
         begun_s: when `resume` was called, on the clock of `time.perf_counter`.
-        start, ready: timing events around the boundary's copy; `ready` is when the next layer may start.
+        ready: timing event behind the boundary's copy.
         job: the bring-in of the KV, None when all of it was there.
         found_resident: all of the KV was on the device when `resume` was called, and no copy of it was under way.
         marks: (what had been done, when) on the calling thread, in order.
@@ -25,7 +25,6 @@ class Trace:
 
     def __init__(self, device: Device, begun_s: float) -> None:
         self.begun_s = begun_s
-        self.start: Event | None = None
         self.ready = device.event(timing=True)
         self.job: BringIn | None = None
         self.found_resident = False

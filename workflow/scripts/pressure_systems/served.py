@@ -38,8 +38,8 @@ class ServedTenant(Tenant):
         done.record(device.current_stream())
         next_token_ms = self.timer.until(done)
         trace = self.session.trace
-        self.found_resident = trace.job is None
-        times = TurnTimes(self.timer.until(trace.ready), next_token_ms)
+        self.found_resident = trace.found_resident
+        times = TurnTimes(max(self.timer.until(gate) for gate in trace.gates), next_token_ms)
         token = self._choose(logits)
         for _ in range(self.workload.turn_tokens - 1):
             token = self._choose(self.session.forward(token))
