@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +43,11 @@ from workflow.scripts.streaming_systems.base import (
     source_of,
     weight_bytes,
 )
+
+# A build belongs to its environment: ninja takes a build with other include paths for stale, so two environments that
+# share torch's folder in the home directory compile each other's away, minutes each time.
+if os.access(sys.prefix, os.W_OK):
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
 GRID = CONFIG / "deepspeed_grid.yaml"
 HALF_SECTIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
