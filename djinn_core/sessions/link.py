@@ -174,7 +174,10 @@ class Link:
                     self._changed.wait(left_s)
                     continue
             if job is None:
-                look_ahead(self._pager)
+                try:
+                    look_ahead(self._pager)
+                except DjinnError as error:  # nobody waits for it; the next look tries again
+                    self._pager.log_id("-", f"did not look ahead ({error})")
                 look_s = time.monotonic() + TICK_S
                 continue
             try:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from djinn_core.device.base import Device, Event
-from djinn_core.errors import DeviceError, DjinnError, OutOfDeviceMemory
+from djinn_core.errors import DeviceError, DjinnError, OutOfDeviceMemory, UsageError
 from djinn_core.memory.disktier import DiskTier
 from djinn_core.memory.extents import Extent, ExtentPool
 from djinn_core.memory.hosttier import HostTier
@@ -251,7 +251,7 @@ class Room:
         freed_any = False
         while self.pool.free_bytes < needed_bytes or not freed_any:
             candidates = self._candidates(keep, limit_s, tried)
-            chosen = self.policy.choose(candidates, needed_bytes - self.pool.free_bytes, time.monotonic())
+            chosen = self._choose(candidates, needed_bytes - self.pool.free_bytes)
             if not chosen:
                 break
             for name in chosen:
@@ -266,12 +266,26 @@ class Room:
         tried: set[str] = set()
         while (missing := wanted_bytes - self.pool.free_bytes) > 0:
             clean = [c for c in self._candidates(None, limit_s, tried) if c.clean]
-            chosen = [name for name in self.policy.choose(clean, missing, time.monotonic()) if name not in tried][:1]
+            chosen = [name for name in self._choose(clean, missing) if name not in tried][:1]
             holding = self.holdings.get(chosen[0]) if chosen else None
             if holding is None:
                 return
             tried.add(holding.id)
             self._try_evict(holding)
+
+    def _choose(self, candidates: Sequence[Candidate], needed_bytes: int) -> Sequence[str]:
+        """The policy's order.
+
+        Raises:
+            UsageError: the policy raised; a user's own code must not end the thread that asks it.
+        """
+        try:
+            return self.policy.choose(candidates, needed_bytes, time.monotonic())
+        except Exception as error:
+            name = type(self.policy).__name__
+            raise UsageError(
+                f"the policy {name} raised {type(error).__name__}: {error}; nothing was evicted"
+            ) from error
 
     def _try_evict(self, holding: Holding) -> bool:
         self.log(holding, "chosen", holding.own_device_bytes)

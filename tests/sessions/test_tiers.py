@@ -248,3 +248,50 @@ def test_a_write_back_that_nobody_waits_for_takes_nothing_from_others(make_rig: 
     copied = rig.device.copied.d2h_bytes
     sessions[3].wait_until("clean", 10)
     assert sessions[3]._holding.is_clean() and rig.device.copied.d2h_bytes > copied
+
+
+def test_a_policy_that_raises_is_an_error_of_whoever_needs_room(make_rig: MakeRig) -> None:
+    """It ends no worker: once the policy works again, so does everyone."""
+
+    class Broken(ExpectedLast):
+        broken = False
+
+        def choose(self, candidates, needed_bytes, now_s):
+            if self.broken:
+                raise KeyError("a bug")
+            return super().choose(candidates, needed_bytes, now_s)
+
+    policy = Broken()
+    rig = make_rig(device_bytes=4 * SESSION_BYTES, policy=policy)
+    sessions = []
+    for seed in range(8):
+        session = rig.open()
+        session.forward(prompt(seed=seed))
+        session.pause()
+        session.wait_until("clean", 10)
+        sessions.append(session)
+    deadline = time.monotonic() + 10
+    while sum(s.state is SessionState.SWAPPED for s in sessions) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    policy.broken = True
+    time.sleep(0.2)  # the workers look ahead meanwhile
+    raised = 0
+    for session in sessions:
+        try:
+            session.resume()
+            session.forward(torch.tensor([[5]]))
+            session.pause()
+        except DjinnError as error:
+            assert "the policy Broken raised KeyError" in str(error)
+            raised += 1
+    assert raised > 0
+    policy.broken = False
+    for seed, session in enumerate(sessions):
+        if session.state is not SessionState.RUNNING:
+            session.resume()
+        if session.length == 12:
+            oracle = Oracle(rig.stock)
+            logits = oracle.forward(prompt(seed=seed))
+            wanted = oracle.greedy(logits, 1)[0]
+            assert torch.equal(session.forward(logits.float().argmax(-1)[:, None]), wanted)
+        session.pause()

@@ -61,6 +61,7 @@ def run_stock(exp: harness.Experiment, system: str) -> None:
         budget_bytes=config["cap_bytes"] if system != "reference" else config["uncapped_bytes"],
         activation_bytes=config["stock_activation_bytes"],
         host_bytes=config["manual_host_bytes"] if arenas else config["staging_host_bytes"],
+        pinning=config["machine"]["pinning"],
     ) as runtime:
         workload = Workload.of(config)
         bench = make_bench(exp, runtime, workload.max_length)

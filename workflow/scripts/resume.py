@@ -70,6 +70,7 @@ def run(exp: harness.Experiment, system: str) -> None:
         activation_bytes=config["activation_bytes"],
         host_bytes=config["host_bytes"],
         pool_reserve_bytes=0,
+        pinning=config["machine"]["pinning"],
     ) as runtime:
         bench = make_bench(exp, runtime, config["prompt_tokens"] + config["answer_tokens"] + 1)
         names = (system, *PARTNERS.get(system, DEFAULT_PARTNERS))
@@ -96,6 +97,7 @@ def make_bench(exp: harness.Experiment, runtime: djinn.Runtime, max_length: int)
     with exp.progress.task("load"):
         model = config["model"]
         served = runtime.load(model["path"] or model["name"], dtype=dtype, seed=model["seed"], resident_layers="all")
+    exp.config["host_pinned"] = runtime.host.pinned  # False: the system refused, and copies block
     loaded = served.djinn
     exp.result.weights = {"kind": loaded.source.kind, "digest": loaded.source.digest}
     stock = build_meta_model(loaded.source.config, dtype)

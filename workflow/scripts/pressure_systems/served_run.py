@@ -38,6 +38,7 @@ def run(exp: harness.Experiment, capped: bool, wanted: list[list[int]]) -> None:
         disk_path=exp.out.parent if capped and config["disk_bytes"] else None,
         disk_bytes=config["disk_bytes"] if capped else 0,
         pool_reserve_bytes=config["cap_bytes"] if capped else config["uncapped_bytes"],
+        pinning=config["machine"]["pinning"],
     ) as runtime:
         workload = Workload.of(config)
         bench = make_bench(exp, runtime, workload.max_length)

@@ -48,6 +48,7 @@ def ring(exp: Experiment, *, resident_layers: str, chunk_bytes: int) -> Iterator
                 "slot_bytes": plan.slot_bytes,
                 "chunk_bytes": plan.chunk_bytes,
                 "plan_device_bytes": plan.device_bytes,
+                "host_pinned": runtime.host.pinned,
                 "stable_addresses": plan.stable_addresses,
             },
             own_device_bytes=None if exp.is_gpu else device.used_bytes,
