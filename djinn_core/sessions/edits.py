@@ -7,6 +7,7 @@ hooks that receive the tensor, which nothing can check, store or send.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -46,19 +47,20 @@ def _places(positions: Positions, tokens: int, what: str) -> list[int] | None:
 
 
 @dataclass(frozen=True, eq=False)
-class Edit:
+class Edit(ABC):
     """The base: `apply` returns the edited hidden states [B, T, hidden]; `hidden` itself is left as it is."""
 
+    @abstractmethod
     def check(self, shape: torch.Size, dtype: torch.dtype) -> None:
         """Refuse what `apply` could not do to a boundary of this shape.
 
         Raises:
             EditError: shapes, dtypes or positions do not fit.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def apply(self, hidden: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        """The edited hidden states; `hidden` is left as it is."""
 
     def describe(self) -> str:
         """The edit in words, without the numbers of its tensors."""
