@@ -32,5 +32,5 @@ rule claims:
     params:
         folder=results_folder,
     shell:
-        "python -m workflow.scripts.claims --results {params.folder} --claims {input.claims}"
-        " --out {output.verdicts} --table {output.table}" + LOGGED
+        f"python -m workflow.scripts.claims --results {{params.folder}} --claims {{input.claims}}"
+        f" --out {{output.verdicts}} --table {{output.table}}{LOGGED}"
