@@ -5,15 +5,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import DynamicCache
 
 from djinn_core.models.stack import build_meta_model, tensor_specs
-from djinn_core.models.twin import Twin
+from djinn_core.models.twin import Twin, run_passes
 
 if TYPE_CHECKING:
     from djinn_core.runtime import Runtime
@@ -34,15 +32,7 @@ class TwinRuns:
         """All passes through a ring of one slot, so that each layer overwrites the one before."""
         with self._make_runtime(_room(twin)) as runtime:
             model = runtime.load(twin.source, resident_layers="none", slots=1, prove=False)
-            accepted = inspect.signature(model.forward).parameters
-            cache = DynamicCache(config=model.config)
-            logits = []
-            with torch.inference_mode():
-                for index in range(twin.passes):
-                    inputs = {"logits_to_keep": 1, **twin.pass_inputs(index)}
-                    inputs = {name: value for name, value in inputs.items() if name in accepted}
-                    logits.append(model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1].clone())
-            return logits
+            return run_passes(model, twin)
 
     def stop(self, twin: Twin, *, at_pass: int, after_layer: int) -> list[torch.Tensor]:
         """All passes in a session; one is stopped, its session leaves the device, and the pass is resumed."""

@@ -273,7 +273,11 @@ def stock_model(twin: Twin) -> torch.nn.Module:
 
 def stock_logits(twin: Twin) -> list[torch.Tensor]:
     """The stock model's logits of the last position in every pass, with its stock cache."""
-    model = stock_model(twin)
+    return run_passes(stock_model(twin), twin)
+
+
+def run_passes(model: torch.nn.Module, twin: Twin) -> list[torch.Tensor]:
+    """All passes of the twin's task on `model`, with a stock cache: the last position's logits of each."""
     accepted = inspect.signature(model.forward).parameters
     cache = DynamicCache(config=model.config)
     logits = []
