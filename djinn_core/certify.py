@@ -11,17 +11,24 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 
 from djinn_core.device import Device, Direction, open_device
+from djinn_core.device.base import Event
 from djinn_core.memory.hosttier import HostTier
 
 Pinning = Literal["required", "optional"]
 WARMUP_COPIES = 2
 # a short copy is repeated until this much time is covered, so that one late wake-up does not decide
 MIN_TIMED_S = 0.002
+# both directions at once: copies in each queue, at most so many bytes of them, cut into pieces that are counted
+BOTH_WAYS_COPIES = 4
+BOTH_WAYS_BYTES = 4 << 30
+PIECES = 16
+MIN_PIECE_BYTES = 1 << 20
 
 
 class LinkBench:
@@ -84,14 +91,39 @@ class LinkBench:
         return self._rate(size_bytes, lambda: self._copy(1, far, near, Direction.D2H))
 
     def bidirectional_gbps(self, size_bytes: int) -> float:
-        """One timing of both at once; the bytes of both directions over the time until both are there."""
-        near, far = [t[:size_bytes] for t in self.near], [t[:size_bytes] for t in self.far]
+        """One timing of both at once: what the two directions moved while both were under way, over that time.
 
-        def both() -> None:
-            self._copy(0, near[0], far[0], Direction.H2D)
-            self._copy(1, far[1], near[1], Direction.D2H)
+        Each direction gets a queue of copies, in pieces with an event behind each, so that neither the first one's
+        head start nor the tail, in which one direction has the link to itself, is counted.
+        """
+        copies = max(2, min(BOTH_WAYS_COPIES, BOTH_WAYS_BYTES // size_bytes))
+        piece_bytes = max(-(-size_bytes // PIECES), MIN_PIECE_BYTES)
+        cuts = [slice(at, min(at + piece_bytes, size_bytes)) for at in range(0, size_bytes, piece_bytes)]
+        while True:
+            both_ms, moved_bytes = self._both_ways(cuts * copies)
+            if both_ms >= MIN_TIMED_S * 1e3:
+                return moved_bytes / both_ms / 1e6
+            copies *= 2
 
-        return self._rate(2 * size_bytes, both)
+    def _both_ways(self, cuts: Sequence[slice]) -> tuple[float, float]:
+        """Milliseconds in which both queues were under way, and what they moved in them."""
+        marks: list[list[tuple[Event, int]]] = [[(self._mark(way), 0)] for way in range(2)]
+        for cut in cuts:
+            self._copy(0, self.near[0][cut], self.far[0][cut], Direction.H2D)
+            self._copy(1, self.far[1][cut], self.near[1][cut], Direction.D2H)
+            for way, row in enumerate(marks):
+                row.append((self._mark(way), row[-1][1] + cut.stop - cut.start))
+        for stream in self.streams:
+            stream.synchronize()
+        origin = marks[0][0][0]
+        curves = [[(origin.elapsed_time(event), size) for event, size in row] for row in marks]
+        begin_ms, end_ms = max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves)
+        return end_ms - begin_ms, sum(moved_by(curve, end_ms) - moved_by(curve, begin_ms) for curve in curves)
+
+    def _mark(self, stream: int) -> Event:
+        event = self.device.event(timing=True)
+        event.record(self.streams[stream])
+        return event
 
     def pageable_gbps(self, size_bytes: int, direction: Direction) -> float:
         """One timing through plain pageable memory, by torch's own blocking copy."""
@@ -118,6 +150,14 @@ class LinkBench:
             if elapsed_s >= MIN_TIMED_S:
                 return repeats * size_bytes / elapsed_s / 1e9
             repeats *= 2
+
+
+def moved_by(curve: Sequence[tuple[float, int]], at_ms: float) -> float:
+    """Bytes that a queue had moved by a time, between the pieces' ends in proportion."""
+    for (before_ms, before), (after_ms, after) in pairwise(curve):
+        if at_ms < after_ms:
+            return before + (after - before) * max(0.0, at_ms - before_ms) / (after_ms - before_ms)
+    return curve[-1][1]
 
 
 @contextmanager
