@@ -17,35 +17,46 @@ from djinn_core.sessions.state import SessionState
 if TYPE_CHECKING:
     from djinn_core.sessions.pager import Pager
 
-PREFETCH_LEAD_S = 0.1  # how long before an expected resume its bring-in begins, besides the copy itself
-PREFETCH_BYTES_PER_S = 20e9
+PREFETCH_LEAD_S = 0.1  # how long before an expected resume its bring-in begins, besides the copies themselves
+HOST_BYTES_PER_S = 20e9  # careful guesses: to be early costs a little memory, to be late a wait
+DISK_BYTES_PER_S = 1e9
 
 
 def look_ahead(pager: Pager) -> None:
     """One look: begin prefetches that are due, and make room when there is too little."""
-    for holding in _due(pager):
+    due, wanted_bytes = _due(pager)
+    for holding in due:
+        wanted_bytes += _missing_bytes(holding)
+        if not pager.could_free(wanted_bytes, holding.expected_resume_s):
+            break  # everyone on the device is expected sooner; a later look tries again
         pager.prefetch(holding)
     if pager.link.idle:  # room is made between resumes, not beside one
         keep_room(pager)
 
 
-def _lead_s(holding: Holding) -> float:
-    return PREFETCH_LEAD_S + holding.layout.total_bytes / PREFETCH_BYTES_PER_S
+def _due(pager: Pager) -> tuple[list[Holding], int]:
+    """Sessions whose owners said that they come back soon, the first one first; and what others on their way take.
 
-
-def _due(pager: Pager) -> list[Holding]:
-    """Sessions whose owners said that they come back soon, the first one first."""
+    Each is due so early that those before it have been copied by then.
+    """
     now_s = time.monotonic()
+    lead_s, due = PREFETCH_LEAD_S, []
     with pager.lock:
-        due = [
-            h
-            for h in pager.holdings.values()
-            if h.state is SessionState.SWAPPED
-            and h.expected_resume_s is not None
-            and not h.prefetch_tried
-            and h.expected_resume_s - now_s < _lead_s(h)
-        ]
-    return sorted(due, key=lambda h: h.expected_resume_s)
+        away = [h for h in pager.holdings.values() if h.state is SessionState.SWAPPED]
+        coming_bytes = sum(_missing_bytes(h) for h in away if h.being_brought)
+        told = [h for h in away if h.expected_resume_s is not None and not (h.prefetch_failed or h.being_brought)]
+        for holding in sorted(told, key=lambda h: h.expected_resume_s):
+            lead_s += _copy_s(holding)
+            if holding.expected_resume_s - now_s < lead_s:
+                due.append(holding)
+    return due, coming_bytes
+
+
+def _copy_s(holding: Holding) -> float:
+    """How long bringing it in takes, with room to spare. The pager's lock is held."""
+    away = [block for block in holding.table if block.device is None]
+    disk_bytes = sum(block.disk_valid_bytes for block in away if block.host_valid_bytes < block.disk_valid_bytes)
+    return sum(block.size_bytes for block in away) / HOST_BYTES_PER_S + disk_bytes / DISK_BYTES_PER_S
 
 
 def keep_room(pager: Pager) -> None:
@@ -56,10 +67,10 @@ def keep_room(pager: Pager) -> None:
         if pager.pool.free_bytes >= wanted_bytes:
             return
         soonest_s = min((h.expected_resume_s for h in away if h.expected_resume_s is not None), default=0.0)
-        lead_s = max(_lead_s(h) for h in away)
+        lead_s = PREFETCH_LEAD_S + max(_copy_s(h) for h in away)
     pager.make_room_clean(wanted_bytes, max(soonest_s, time.monotonic() + 2 * lead_s))
 
 
 def _missing_bytes(holding: Holding) -> int:
-    """What its coming back would take. The pager's lock is held."""
+    """What its coming back would take."""
     return sum(block.size_bytes for block in holding.table if block.device is None)

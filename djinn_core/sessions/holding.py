@@ -33,6 +33,7 @@ class Holding:
         moving: its memory is being unmapped.
         leaving: how many are about to unmap it, and rely on its host copies.
         reading: the boundary that the last resume copied in, and the event after which that is done.
+        prefetch_failed: bringing it in early went wrong; it is not tried again before its next pause.
         pins: others that read its mapped blocks now.
         trouble: why the last write-back did not succeed; it is tried again at the next pause or eviction.
     """
@@ -54,7 +55,7 @@ class Holding:
         self.pins = 0
         self.last_use_s = time.monotonic()
         self.expected_resume_s: float | None = None
-        self.prefetch_tried = False
+        self.prefetch_failed = False
         self.reading: tuple[Boundary, Event] | None = None
         self.trouble: DjinnError | None = None
         self.failure: DjinnError | None = None

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 
 from djinn_core.device.base import Device
-from djinn_core.errors import CapacityError, ConfigError, DeviceError, DjinnError, IntegrityError
+from djinn_core.errors import CapacityError, ConfigError, DeviceError, DjinnError, IntegrityError, OutOfDeviceMemory
 from djinn_core.memory.disktier import DiskTier
 from djinn_core.memory.extents import ExtentPool
 from djinn_core.memory.hosttier import HostTier
@@ -189,7 +189,7 @@ class Pager(Lineages):
             now_s = time.monotonic()
             holding.expected_resume_s = None if expected_resume_s is None else now_s + expected_resume_s
             holding.last_use_s = now_s
-            holding.release, holding.queued, holding.prefetch_tried = release, True, False
+            holding.release, holding.queued, holding.prefetch_failed = release, True, False
             holding.trouble, holding.needed = None, False
         self._out.put(holding)
         self.log(holding, "pause")
@@ -268,8 +268,10 @@ class Pager(Lineages):
         if job.error is not None:
             self.log(holding, f"not brought in ({job.error})")
         with self.lock:
-            if job.prefetch and job.error is not None and not any(job.arrival) and job in holding.jobs:
-                holding.jobs.remove(job)
+            if job.prefetch and job.error is not None:
+                holding.prefetch_failed |= not isinstance(job.error, OutOfDeviceMemory)
+                if not any(job.arrival) and job in holding.jobs:
+                    holding.jobs.remove(job)
             self._settle_state(holding, job.error)
             if job.prefetch and not job.error:
                 self.log(holding, "prefetched", job.bytes)
@@ -296,7 +298,6 @@ class Pager(Lineages):
         with self.lock:
             if holding.state is not SessionState.SWAPPED or holding.jobs:
                 return
-            holding.prefetch_tried = True
             reach = list(holding.table.lengths)
             job = BringIn(self, holding, range(len(reach)), reach, prefetch=True)
             holding.jobs.append(job)

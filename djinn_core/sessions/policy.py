@@ -40,8 +40,12 @@ class ExpectedLast:
     """The session that is expected back last goes first (Belady's rule, with a guess for the future).
 
     Without a hint a session is expected after as long again as it has been idle, so that the least recently used one
-    goes first. Clean sessions go before dirty ones: an unmap costs microseconds, a write-back the link's time.
+    goes first. Clean sessions go before dirty ones: an unmap costs microseconds, a write-back the link's time. Those
+    expected within `soon_s` go last of all, clean or not: they would have to come straight back.
     """
+
+    def __init__(self, soon_s: float = 0.5) -> None:
+        self.soon_s = soon_s
 
     def choose(self, candidates: Sequence[Candidate], needed_bytes: int, now_s: float) -> Sequence[str]:
         """The sessions to evict, in order: enough of them for `needed_bytes`, or all when that is not enough."""
@@ -51,7 +55,17 @@ class ExpectedLast:
                 return candidate.expected_resume_s - now_s
             return now_s - candidate.last_use_s
 
-        order = sorted(candidates, key=lambda c: (not c.clean, -away_s(c), -c.device_bytes, c.session))
+        def rank(candidate: Candidate) -> tuple[bool, bool, float, int, str]:
+            soon = candidate.expected_resume_s is not None and away_s(candidate) < self.soon_s
+            return (
+                soon,
+                not soon and not candidate.clean,
+                -away_s(candidate),
+                -candidate.device_bytes,
+                candidate.session,
+            )
+
+        order = sorted(candidates, key=rank)
         chosen, freed_bytes = [], 0
         for candidate in order:
             if freed_bytes >= needed_bytes:

@@ -273,6 +273,11 @@ class Room:
             tried.add(holding.id)
             self._try_evict(holding)
 
+    def could_free(self, needed_bytes: int, limit_s: float) -> bool:
+        """Whether `needed_bytes` are free, or would be if paused sessions not expected before `limit_s` left."""
+        there = sum(candidate.device_bytes for candidate in self._candidates(None, limit_s, set()))
+        return self.pool.free_bytes + there >= needed_bytes
+
     def _choose(self, candidates: Sequence[Candidate], needed_bytes: int) -> Sequence[str]:
         """The policy's order.
 

@@ -121,6 +121,28 @@ def test_prefetch_ahead_of_the_expected_resume(make_rig: MakeRig) -> None:
     assert (rig.device.copied - copied).h2d_bytes == 0
 
 
+def test_a_prefetch_that_finds_no_room_is_tried_again(make_rig: MakeRig) -> None:
+    """While everyone on the device is expected sooner it waits, and comes back when one of them is put off."""
+    rig = make_rig(device_bytes=8 * SESSION_BYTES)
+    late = rig.open()
+    late.forward(prompt(seed=99))
+    late.pause(expected_resume_s=0.4, release=True)
+    late.wait_until("released", 10)
+    others = []
+    while late._pager.pool.free_bytes >= SESSION_BYTES:
+        others.append(rig.open())
+        others[-1].forward(prompt(seed=len(others)))
+        others[-1].pause(expected_resume_s=0.2)
+    time.sleep(0.6)
+    assert late.state is SessionState.SWAPPED and all(s.state is SessionState.PAUSED for s in others)
+    others[0].resume()
+    others[0].pause(expected_resume_s=60.0)
+    deadline = time.monotonic() + 10
+    while late.state is not SessionState.PAUSED and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert late.device_bytes == SESSION_BYTES and others[0].state is SessionState.SWAPPED
+
+
 def test_the_policy_can_be_replaced(make_rig: MakeRig) -> None:
     class Newest:
         def choose(self, candidates, needed_bytes, now_s):
@@ -148,6 +170,8 @@ def test_the_default_policy() -> None:
     dirty = candidate("dirty", clean=False, last=1.0)
     assert choose([soon, late, old, new, dirty], 50, 100.0) == ["late", "old", "new", "soon", "dirty"]
     assert choose([soon, late, old], 11, 100.0) == ["late", "old"]
+    due, overdue = candidate("due", expected=100.4), candidate("overdue", expected=99.0)
+    assert choose([overdue, due, dirty, new], 40, 100.0) == ["new", "dirty", "due", "overdue"]
     assert choose([], 11, 100.0) == []
 
 
