@@ -63,7 +63,8 @@ class Maker:
     def jitter(self, value: float, share: float = 0.004) -> float:
         return float(value * (1 + share * self.noise.standard_normal()))
 
-    def certificate(self, verdict: str = "pass") -> None:
+    def certificate(self, verdict: str = "pass", beside: str = "") -> None:
+        """The run's certificate, or one of its own `beside` an experiment's results."""
         result = self.result("certify", "machine")
         rates = {name: rate for name, rate in result.limits.items() if name.endswith("_gbps")}
         line = {"name": "h2d", "value": RATE, "unit": "GB/s", "verdict": verdict, "threshold": "made up"}
@@ -71,7 +72,7 @@ class Maker:
         document |= {"machine": result.machine, "source": result.source, "libraries": {}, "config": {}}
         document |= {"limits": rates, "lines": [line], "samples": [], "summary": []}
         validate(document, "certificate", "certificate.json")
-        write_json(self.folder / "certificate.json", document)
+        write_json(self.folder / beside / "certificate.json", document)
 
     def streaming(self, *, rates: dict[str, float] | None = None, failing: dict[str, tuple[str, str]] | None = None):
         """All systems of exp2; `rates` overrides GB/s, `failing` gives (status, reason) instead."""

@@ -14,7 +14,8 @@ from tests.workflow.synthetic import LAYERS, Maker
 from workflow.lib.results import ResultError
 from workflow.lib.systems import PRESSURE_SYSTEMS, RESUME_METHODS, STREAMING_GROUPS
 from workflow.plots import fig5, fig6, fig7, table1
-from workflow.scripts import memory_breakdown, publish, report
+from workflow.plots.load import certificate_of
+from workflow.scripts import memory_breakdown, report
 
 REPOSITORY = Path(__file__).parents[2]
 PLOTS = sorted((REPOSITORY / "workflow/plots").glob("*.py"))
@@ -152,12 +153,12 @@ def test_no_certificate_and_another_machines_certify_nothing(run: Maker):
     run.streaming()
     result = fig5.read_folder(run.folder / "streaming", ["djinn_resident"])[0]
     path = run.folder / "certificate.json"
-    assert fig5.read_certificate(path).covers(result)
+    assert certificate_of(run.folder, "streaming").covers(result)
     run.machine_id = "machine-2"
     run.certificate()
-    assert not fig5.read_certificate(path).covers(result)
+    assert not certificate_of(run.folder, "streaming").covers(result)
     path.unlink()
-    assert not fig5.read_certificate(path).covers(result)
+    assert not certificate_of(run.folder, "streaming").covers(result)
 
 
 def test_the_report_keeps_the_groups_apart_and_names_what_failed(run: Maker):
@@ -278,6 +279,24 @@ def test_table1_says_not_run_where_there_is_no_pressure_run(run: Maker, tmp_path
     assert r"\begin{tabular}" in out.with_suffix(".tex").read_text()
 
 
+@pytest.mark.parametrize("uncertified", ["resume", "pressure"])
+def test_table1_needs_both_certificates(run: Maker, tmp_path: Path, uncertified: str):
+    run.resume()
+    run.machine_id = "machine-2"
+    run.pressure()
+    run.certificate(verdict="fail" if uncertified == "pressure" else "pass", beside="pressure")
+    run.machine_id = "machine-1" if uncertified == "pressure" else "machine-3"
+    run.certificate()
+    table1.draw(run.folder, tmp_path / "table1.md")
+    assert "uncertified machine" in (tmp_path / "table1.md").read_text()
+    run.machine_id = "machine-2"
+    run.certificate(beside="pressure")
+    run.machine_id = "machine-1"
+    run.certificate()
+    table1.draw(run.folder, tmp_path / "table1.md")
+    assert "uncertified" not in (tmp_path / "table1.md").read_text()
+
+
 def test_the_breakdown_adds_up_at_the_peak(run: Maker):
     run.pressure()
     result = fig6.read_folder(run.folder / "pressure", ["djinn"])[0]
@@ -290,49 +309,3 @@ def test_no_ledger_samples_are_no_breakdown(run: Maker):
     run.streaming()
     with pytest.raises(ResultError, match="ledger_bytes"):
         memory_breakdown.breakdown(fig6.read_folder(run.folder / "streaming", ["djinn_resident"])[0])
-
-
-def test_publishing_copies_draws_and_judges(run: Maker, tmp_path: Path):
-    run.streaming()
-    run.resume()
-    target = tmp_path / "published/h200"
-    named = publish.publish(run.folder, target, replace=False, claims_path=REPOSITORY / "config/claims.yaml")
-    assert named == ["fig5.pdf", "fig7.pdf", "table1.md"]
-    assert (target / "streaming/djinn_resident.json").read_bytes() == (
-        run.folder / "streaming/djinn_resident.json"
-    ).read_bytes()
-    assert (target / "claims.md").exists()
-    with pytest.raises(ResultError, match="--replace"):
-        publish.publish(run.folder, target, replace=False, claims_path=REPOSITORY / "config/claims.yaml")
-    assert [path.name for path in target.parent.iterdir()] == ["h200"]
-
-
-@pytest.mark.parametrize("fault", ["dirty", "kind", "certificate", "empty"])
-def test_publishing_refuses_what_cannot_stand(run: Maker, tmp_path: Path, fault: str):
-    said = {"dirty": "uncommitted", "kind": r"machine\.kind\.gpu", "certificate": "certify", "empty": "no result"}
-    if fault != "empty":
-        run.streaming()
-    if fault == "certificate":
-        run.certificate("fail")
-    run.dirty, run.gpu = fault == "dirty", "NVIDIA L4" if fault == "kind" else run.gpu
-    if fault in ("dirty", "kind"):
-        result = run.result("resume", "eager")
-        result.sample("ready_ms", 1.0, "ms")
-        run.write(result)
-    target = tmp_path / "published/h200"
-    with pytest.raises(ResultError, match=said[fault]):
-        publish.publish(run.folder, target, replace=False)
-    assert not target.exists()
-
-
-def test_a_published_set_says_which_system_was_not_run(run: Maker, tmp_path: Path):
-    run.resume()
-    (run.folder / "resume/manual_offload_pageable.json").unlink()
-    with pytest.raises(ResultError, match=r"manual_offload_pageable\.json is missing"):
-        publish.publish(run.folder, tmp_path / "published", replace=False)
-    why = {"resume/manual_offload_pageable": "no time was left"}
-    publish.publish(run.folder, tmp_path / "published", replace=False, without=why)
-    drawn = pd.read_csv(tmp_path / "published/figures/fig7.csv")
-    assert drawn[drawn["method"] == "manual_offload_pageable"]["status"].tolist() == ["not_run"]
-    assert drawn[drawn["method"] == "manual_offload_pinned"]["median"].notna().all()
-    assert "not run" in (tmp_path / "published/figures/table1.md").read_text()

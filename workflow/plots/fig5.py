@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 
 from workflow.lib.systems import STREAMING_GROUPS
 from workflow.plots import style
-from workflow.plots.load import ResultFile, read_certificate, read_folder
+from workflow.plots.load import ResultFile, certificate_of, read_folder
 
 METRICS = (
     ("effective_gbps", "GB/s", "effective link rate (GB/s)", "rate of the link"),
@@ -142,7 +142,7 @@ def draw(results_dir: Path, out: Path, csv: Path) -> None:
     style.use_style()
     systems = [system for group in STREAMING_GROUPS.values() for system in group]
     results = {result.system: result for result in read_folder(results_dir / "streaming", systems)}
-    certificate = read_certificate(results_dir / "certificate.json")
+    certificate = certificate_of(results_dir, "streaming")
     drawn = collect(results)
     fig = plt.figure(figsize=(style.PAGE_IN, 2.75))
     grid = fig.add_gridspec(

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 
 from workflow.lib.systems import PRESSURE_SYSTEMS
 from workflow.plots import style
-from workflow.plots.load import ResultFile, read_certificate, read_folder
+from workflow.plots.load import ResultFile, certificate_of, read_folder
 
 METHODS = {
     "eager": ("eager",),
@@ -112,7 +112,7 @@ def draw(results_dir: Path, out: Path, csv: Path) -> None:
     """
     style.use_style()
     results = read_folder(results_dir / "pressure", PRESSURE_SYSTEMS)
-    certificate = read_certificate(results_dir / "certificate.json")
+    certificate = certificate_of(results_dir, "pressure")
     table = collect(results)
     djinn = next(result for result in results if result.system == "djinn")
     fig, (left, right) = plt.subplots(1, 2, figsize=(style.PAGE_IN, 2.8), sharey=True)

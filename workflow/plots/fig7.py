@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 
 from workflow.lib.systems import RESUME_METHODS
 from workflow.plots import style
-from workflow.plots.load import ResultFile, read_certificate, read_folder
+from workflow.plots.load import ResultFile, certificate_of, read_folder
 
 WHOLE, BOUNDARY = "S", "A"
 STATES = (WHOLE, BOUNDARY)
@@ -123,7 +123,7 @@ def draw(results_dir: Path, out: Path, csv: Path) -> None:
     """
     style.use_style()
     results = read_folder(results_dir / "resume", RESUME_METHODS)
-    certificate = read_certificate(results_dir / "certificate.json")
+    certificate = certificate_of(results_dir, "resume")
     table = collect(results)
     djinn = next(result for result in results if result.system == "djinn")
     fig, (ready, logits, token) = plt.subplots(1, 3, figsize=(style.PAGE_IN, 2.85), width_ratios=(1, 1, 0.9))

@@ -23,7 +23,8 @@ from workflow.lib.stats import summarise
 
 # the name under which a file's own rows stand in the dimension `method`, where it is not the system's
 OWN_METHOD = {"djinn_uncapped": "djinn"}
-NOT_RUN = "not_run.json"  # beside a published set's certificate
+NOT_RUN = "not_run.json"  # of a published set: what it lacks, and why
+CERTIFICATE = "certificate.json"
 IDENTITY = ("metric", "value", "unit", "warmup")
 
 
@@ -196,6 +197,16 @@ def read_certificate(path: str | Path) -> Certificate:
         return Certificate(path, "missing")
     data = read_result(path, "certificate")
     return Certificate(path, data["verdict"], data["machine"]["id"])
+
+
+def certificate_of(results_dir: Path, experiment: str) -> Certificate:
+    """The certificate under which an experiment was measured.
+
+    A published set has one beside each experiment's results, since they may come from different cards; a run of the
+    pipeline has one for all.
+    """
+    own = results_dir / experiment / CERTIFICATE
+    return read_certificate(own if own.exists() else results_dir / CERTIFICATE)
 
 
 def digest(paths: Iterable[str | Path]) -> str:

@@ -18,7 +18,7 @@ import pandas as pd
 
 from workflow.lib.results import ResultError, write_text
 from workflow.lib.systems import PRESSURE_SYSTEMS, RESUME_METHODS
-from workflow.plots.load import ResultFile, digest, in_words, read_certificate, read_comparable, read_folder
+from workflow.plots.load import ResultFile, certificate_of, digest, in_words, read_comparable, read_folder
 from workflow.plots.style import label, machine_line
 
 METHODS_FOLDER = Path(__file__).resolve().parents[1] / "scripts/resume_methods"
@@ -184,13 +184,16 @@ def draw(results_dir: Path, out: Path, folder: Path = METHODS_FOLDER) -> None:
     resume = read_folder(results_dir / "resume", RESUME_METHODS)
     paths = [results_dir / "pressure" / f"{system}.json" for system in PRESSURE_SYSTEMS]
     pressure = {result.system: result for result in read_comparable(path for path in paths if path.exists())}
-    certificate = read_certificate(results_dir / "certificate.json")
     djinn = next(result for result in resume if result.system == "djinn")
     found = deepest(djinn, "next_logits_ms") if djinn.ok else None
-    inputs = [result.path for result in (*resume, *pressure.values())]
-    notes = [f"{machine_line(resume)} · input {digest(inputs)}"]
-    marks = [] if all(certificate.covers(result) for result in resume) else ["uncertified machine"]
-    marks += ["emulated device"] if any(result.gpu is None for result in resume) else []
+    shown = [*resume, *pressure.values()]
+    notes = [f"{machine_line(resume)} · input {digest(result.path for result in shown)}"]
+    if pressure and machine_line([*pressure.values()]) != machine_line(resume):
+        notes.append(f"Sessions at the cap: {machine_line([*pressure.values()])}")
+    certificates = {name: certificate_of(results_dir, name) for name in ("resume", "pressure")}
+    covered = all(certificates[result.data["experiment"]].covers(result) for result in shown)
+    marks = [] if covered else ["uncertified machine"]
+    marks += ["emulated device"] if any(result.gpu is None for result in shown) else []
     notes += [", ".join(marks)] if marks else []
     depth = f"after layer {found[0]:g}, the deepest" if found else "at the deepest breakpoint"
     notes.append(f"Latency {depth}, of the whole session: median with its 95 % interval.")

@@ -19,7 +19,7 @@ import yaml
 from workflow.lib.claimfiles import input_files
 from workflow.lib.claims import OTHER_HARDWARE, VERDICTS, Case, Judged, judge, load_files
 from workflow.lib.results import ResultError, validate, write_json, write_text
-from workflow.plots.load import digest, read_certificate
+from workflow.plots.load import certificate_of, digest
 
 CLAIMS = Path("config/claims.yaml")
 SYMBOLS = {"at_least": "≥", "at_most": "≤", "below": "<", "above": ">", "is": "="}
@@ -42,9 +42,9 @@ def load_claims(path: str | Path = CLAIMS) -> list[dict[str, Any]]:
 
 def judge_all(claims: Iterable[Mapping[str, Any]], results_dir: Path) -> list[Judged]:
     claims = list(claims)
-    certificate = read_certificate(results_dir / "certificate.json")
+    certificates = {name: certificate_of(results_dir, name) for name in {claim["experiment"] for claim in claims}}
     loaded = load_files(input_files(claims), results_dir)
-    return [judge(claim, loaded, certificate) for claim in claims]
+    return [judge(claim, loaded, certificates[claim["experiment"]]) for claim in claims]
 
 
 def document(judged: list[Judged], results_dir: Path) -> dict[str, Any]:

@@ -63,19 +63,24 @@ def markdown(table: pd.DataFrame, result: ResultFile) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(path: Path, out: Path) -> None:
+    """Write the breakdown of the result at `path` as `out`, and beside it as .csv; raises as `breakdown` does."""
+    result = read(path)
+    table = breakdown(result)
+    write_text(out, markdown(table, result))
+    write_text(out.with_suffix(".csv"), table.to_csv(index=False, float_format="%.9g", lineterminator="\n"))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--result", type=Path, required=True, help="the pressure run's djinn.json")
     parser.add_argument("--out", type=Path, required=True, help="memory_breakdown.md; the .csv is written beside it")
     args = parser.parse_args()
     try:
-        result = read(args.result)
-        table = breakdown(result)
+        write(args.result, args.out)
     except ResultError as error:
         print(f"memory_breakdown: {error}", file=sys.stderr)
         return 1
-    write_text(args.out, markdown(table, result))
-    write_text(args.out.with_suffix(".csv"), table.to_csv(index=False, float_format="%.9g", lineterminator="\n"))
     return 0
 
 

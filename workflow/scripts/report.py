@@ -17,7 +17,7 @@ import pandas as pd
 from workflow.lib.results import ResultError, write_text
 from workflow.lib.systems import STREAMING_GROUPS
 from workflow.plots.fig5 import chunk_bytes
-from workflow.plots.load import ResultFile, digest, read_certificate, read_folder
+from workflow.plots.load import ResultFile, certificate_of, digest, read_folder
 from workflow.plots.style import label, machine_line
 from workflow.scripts.claims import CLAIMS, SYMBOLS, judge_all, load_claims, measured, number
 
@@ -103,7 +103,7 @@ def report(results_dir: Path, claims_path: Path) -> tuple[str, pd.DataFrame]:
     systems = [system for group in STREAMING_GROUPS.values() for system in group]
     loaded = read_folder(results_dir / "streaming", systems)
     results = {result.system: result for result in loaded}
-    certificate = read_certificate(results_dir / "certificate.json")
+    certificate = certificate_of(results_dir, "streaming")
     first = loaded[0]
     settings = ", ".join(
         f"{name} {first.config[name]:,}" for name in ("prompt_tokens", "cap_bytes") if name in first.config
@@ -123,6 +123,13 @@ def report(results_dir: Path, claims_path: Path) -> tuple[str, pd.DataFrame]:
     return "\n".join(lines) + "\n", rows_of(results)
 
 
+def write(results_dir: Path, claims_path: Path, out: Path) -> None:
+    """Write the text as `out` and the rows beside it as .csv; raises as `report` does."""
+    text, rows = report(results_dir, claims_path)
+    write_text(out, text)
+    write_text(out.with_suffix(".csv"), rows.to_csv(index=False, float_format="%.9g", lineterminator="\n"))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, required=True, help="a run's folder, such as results/cpu")
@@ -130,12 +137,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="report.md; report.csv is written beside it")
     args = parser.parse_args()
     try:
-        text, rows = report(args.results, args.claims)
+        write(args.results, args.claims, args.out)
     except ResultError as error:
         print(f"report: {error}", file=sys.stderr)
         return 1
-    write_text(args.out, text)
-    write_text(args.out.with_suffix(".csv"), rows.to_csv(index=False, float_format="%.9g", lineterminator="\n"))
     return 0
 
 
