@@ -119,6 +119,19 @@ def test_paired_ratios_are_taken_row_by_row(run: Maker):
     assert claims.judge_all([claim], run.folder)[0].verdict == INCONCLUSIVE
 
 
+@pytest.mark.parametrize(("share", "verdict"), [(0.99, PASS), (0.95, FAIL)])
+def test_the_share_of_the_link_is_of_the_limits_around_the_result(run: Maker, share: float, verdict: str):
+    for size in (16, 64, 128, 512):
+        result = run.result("streaming", f"djinn_chunk{size}mib")
+        for _ in range(3):
+            result.sample("link_gbps", share * result.limits["h2d_gbps"], "GB/s")
+            result.sample("run_h2d_gbps", 0.97 * result.limits["h2d_gbps"], "GB/s")  # another one, that is not asked
+        run.write(result)
+    item = judged(run, "streaming-link-rate")
+    assert item.verdict == verdict
+    assert item.deciding.value == pytest.approx(share)
+
+
 def test_a_slope_is_that_of_the_samples(run: Maker):
     result = run.result("resume", "djinn_a")
     for layer in (1, 2, 3, 4) * 5:
