@@ -30,6 +30,7 @@ from djinn_core.errors import (
     UnsupportedModel,
     UsageError,
     WeightsError,
+    WorkerError,
 )
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ __all__ = [
     "UnsupportedModel",
     "UsageError",
     "WeightsError",
+    "WorkerError",
     "edits",
     "load",
     "load_session",

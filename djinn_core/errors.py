@@ -15,7 +15,8 @@
     │   └── TransferError        a copy failed, or moved other bytes than planned
     ├── UnsupportedModel         the model cannot be served exactly, with what differs
     ├── WeightsError             a checkpoint with missing, extra, truncated, corrupt or mixed tensors
-    └── IntegrityError           stored session state does not match its checksum or its model
+    ├── IntegrityError           stored session state does not match its checksum or its model
+    └── WorkerError              something unforeseen, chained, ended what a thread did for a session; try again
 
 A message says what failed, where, the state it left behind, and the next step. The classes under
 `CapacityError` also carry the numbers as attributes.
@@ -94,3 +95,7 @@ class WeightsError(DjinnError):
 
 class IntegrityError(DjinnError):
     """Stored session state does not match its checksum or its model."""
+
+
+class WorkerError(DjinnError):
+    """An error that is not Djinn's ended what a thread did for a session, which is whole. `__cause__` has the error."""

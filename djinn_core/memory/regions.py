@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from djinn_core.device.base import Device
-from djinn_core.errors import DeviceError, UsageError
+from djinn_core.errors import UsageError
 from djinn_core.memory.extents import Extent
 
 
@@ -76,7 +76,7 @@ class Region:
                 self._device.unmap(self.address + offset, extent.size_bytes)
                 self._forget(offset)
                 removed.append((offset, extent))
-        except DeviceError:
+        except BaseException:
             if removed:
                 self.map(removed)
             raise

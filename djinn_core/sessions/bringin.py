@@ -28,6 +28,7 @@ from djinn_core.errors import DeviceError, DjinnError
 from djinn_core.memory.extents import Extent
 from djinn_core.sessions.blocks import Block
 from djinn_core.sessions.holding import Holding
+from djinn_core.sessions.workers import told
 
 if TYPE_CHECKING:
     from djinn_core.sessions.pager import Pager
@@ -135,16 +136,18 @@ class BringIn:
 
     def run(self) -> None:
         """Do all of it, on the calling thread. Raises what went wrong, after undoing it."""
-        failure: DjinnError | None = None
         try:
             self.prepare(wait=True)
             while self._left and not self.cancelled:
                 self.step()
-        except DjinnError as error:
-            failure = error
+        except BaseException as error:
+            self.fail(error)
+            if isinstance(error, Exception):
+                raise self.error from self.error.__cause__
             raise
-        finally:
-            self.finish(failure)
+        self.finish(None)
+        if self.error is not None:
+            raise self.error
 
     def prepare(self, *, wait: bool) -> bool:
         """Plan, and hold all that the steps need. Without `wait`, False when someone would have to be waited for.
@@ -182,19 +185,32 @@ class BringIn:
         """Layers to go."""
         return 0 if self.cancelled else len(self._left)
 
+    def fail(self, error: BaseException) -> None:
+        """`finish`, with whatever was raised."""
+        self.finish(self._told(error))
+
     def finish(self, error: DjinnError | None) -> None:
-        """Nothing more will be issued. Called once."""
+        """Nothing more will be issued. Called once, and raises nothing: `error` tells whoever waits."""
+        try:
+            self._release()
+            self.restored.record(self._pager.h2d)
+        except BaseException as failure:  # noqa: BLE001 - a worker's edge: whoever waits for this is told
+            error = error or self._told(failure)
         self.error = error
-        self._release()
-        self.restored.record(self._pager.h2d)
         self.ended_s = time.perf_counter()
-        if error is None and any(self.arrival):
-            copies = (self.begun, self.restored)
-            self._pager.log(self.holding, "swap_in", self.bytes, self.ended_s - self.begun_s, copies)
-        self._pager.ended(self)
+        try:
+            if error is None and any(self.arrival):
+                copies = (self.begun, self.restored)
+                self._pager.log(self.holding, "swap_in", self.bytes, self.ended_s - self.begun_s, copies)
+            self._pager.ended(self)
+        except BaseException as failure:  # noqa: BLE001 - as above
+            self.error = error or self._told(failure)
         with self.changed:
             self.done = True
             self.changed.notify_all()
+
+    def _told(self, error: BaseException) -> DjinnError:
+        return told(error, self.holding, "a bring-in", "and it can be resumed again")
 
     # the plan
 
@@ -323,7 +339,7 @@ class BringIn:
                 arrival.record(stream)
             if arrival is not None and any(step.source for step in row):
                 arrival.synchronize()  # the copy takes its source's place, so it must be whole
-        except DeviceError:
+        except BaseException:
             with contextlib.suppress(DeviceError):  # a failure of what was issued is the one being handled
                 stream.synchronize()
             region.unmap([step.block.offset for step in row])
@@ -331,9 +347,11 @@ class BringIn:
         if arrival is not None:
             self.arrival[layer] = holding.arrival[layer] = arrival
         with pager.lock:
-            for step in row:
-                self._commit(step, arrival)
+            replaced = [block for step in row if (block := self._commit(step, arrival)) is not None]
             pager.lock.notify_all()
+            for block in replaced:
+                if not block.holders:
+                    pager.tiers.discard(block)
         self.bytes += copied
 
     def _fill(self, step: Step, stream: Stream) -> int:
@@ -357,8 +375,8 @@ class BringIn:
             device.copy(target[at:end], stored.host.tensor[at:end], stream, Direction.H2D)
         return size_bytes
 
-    def _commit(self, step: Step, ready: object) -> None:
-        """The block is mapped here now. The pager's lock is held."""
+    def _commit(self, step: Step, ready: object) -> Block | None:
+        """The block is mapped here now; the one whose place it took. The pager's lock is held."""
         block, holding = step.block, self.holding
         if step.extent is not None:
             block.device, step.extent = step.extent, None
@@ -366,23 +384,24 @@ class BringIn:
             block.ready = ready
         block.places.add(holding)
         holding.mapped[block.offset] = block
+        replaced = None
         if holding.table not in block.holders:
             replaced = holding.table.hold(block.layer, block.index, block)
-            if replaced is not None and not replaced.holders:
-                self._pager.tiers.discard(replaced)
         block.loading = False
         self._let_go(step)
+        return replaced
 
     def _release(self) -> None:
         """Give back what was claimed and not committed."""
         with self._pager.lock:
-            for step in self._flat():
+            steps, self._steps = self._flat(), {}
+            for step in steps:
                 step.block.loading = False
                 self._let_go(step)
+            self._pager.lock.notify_all()
+            for step in steps:
                 if step.extent is not None:
                     self._pager.pool.give_back(step.extent)
-            self._steps = {}
-            self._pager.lock.notify_all()
 
     def _let_go(self, step: Step) -> None:
         """Whoever was read from may move again. The pager's lock is held."""

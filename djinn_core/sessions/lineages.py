@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from djinn_core.errors import DeviceError, DjinnError
+from djinn_core.errors import DeviceError
 from djinn_core.sessions.admission import admit
 from djinn_core.sessions.blocks import Block
 from djinn_core.sessions.checkpoint import Boundary, Checkpoint
@@ -30,7 +30,7 @@ class Lineages(Room):
             holding.moving = True
         try:
             self._take_all(holding)
-        except DjinnError:  # it is as it was, and can be closed again
+        except BaseException:  # it is as it was, and can be closed again
             with self.lock:
                 holding.moving = False
                 self.lock.notify_all()

@@ -18,7 +18,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from djinn_core.device.base import Event
-from djinn_core.errors import DeviceError, DjinnError
+from djinn_core.errors import DeviceError
 from djinn_core.sessions.ahead import look_ahead
 
 if TYPE_CHECKING:
@@ -109,16 +109,19 @@ class Link:
             self._stages[job] = to
             self._changed.notify_all()
 
-    def _end(self, job: BringIn, error: DjinnError | None) -> None:
+    def _end(self, job: BringIn, error: BaseException | None) -> None:
         with self._changed:
             del self._stages[job]
             self._changed.notify_all()
-        job.finish(error)
+        if error is None:
+            job.finish(None)
+        else:
+            job.fail(error)
 
     # the worker that issues
 
     def _issue(self) -> None:
-        self._pager.device.bind_thread()
+        bound = False
         while True:
             with self._changed:
                 while (job := self._to_issue()) is None and not self._closed:
@@ -127,6 +130,9 @@ class Link:
                     return
                 stage = self._stages[job]
             try:
+                if not bound:
+                    self._pager.device.bind_thread()
+                    bound = True
                 if not job.left:
                     self._end(job, None)
                 elif stage is Stage.WANTED:
@@ -135,8 +141,8 @@ class Link:
                     event, size_bytes = job.step()
                     if event is not None:
                         self._flying.append((job, event, size_bytes))
-            except DjinnError as error:  # whoever waits for it is told; `ended` puts the session where it can try again
-                self._end(job, error)
+            except BaseException as error:  # noqa: BLE001 - the thread's edge: whoever waits for the job is told
+                self._end(job, error)  # and `ended` puts the session where it can try again
 
     def _has_room(self) -> bool:
         """Whether another layer may be issued. If not, waits for the oldest in flight; someone else may go then."""
@@ -161,8 +167,7 @@ class Link:
     # the worker that waits
 
     def _prepare(self) -> None:
-        self._pager.device.bind_thread()
-        look_s = time.monotonic()
+        bound, look_s = False, time.monotonic()
         while True:
             with self._changed:
                 job = self._pick(Stage.BLOCKED)
@@ -175,14 +180,20 @@ class Link:
                     continue
             if job is None:
                 try:
+                    if not bound:
+                        self._pager.device.bind_thread()
+                        bound = True
                     look_ahead(self._pager)
-                except DjinnError as error:  # nobody waits for it; the next look tries again
-                    self._pager.log_id("-", f"did not look ahead ({error})")
+                except BaseException as error:  # noqa: BLE001 - nobody waits for it; the next look tries again
+                    self._pager.log_id("-", f"did not look ahead ({error!r})")
                 look_s = time.monotonic() + TICK_S
                 continue
             try:
+                if not bound:
+                    self._pager.device.bind_thread()
+                    bound = True
                 if job.left:
                     job.prepare(wait=True)
                 self._go(job, Stage.PREPARED)
-            except DjinnError as error:
+            except BaseException as error:  # noqa: BLE001 - the thread's edge: whoever waits for the job is told
                 self._end(job, error)

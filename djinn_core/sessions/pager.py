@@ -30,6 +30,7 @@ from djinn_core.sessions.lineages import Lineages
 from djinn_core.sessions.link import Link
 from djinn_core.sessions.policy import Policy
 from djinn_core.sessions.state import SessionState, refusal
+from djinn_core.sessions.workers import told
 from djinn_core.sessions.writeback import write_back
 
 
@@ -280,7 +281,7 @@ class Pager(Lineages):
         """RUNNING when a resume has succeeded, else paused again or off the device; FAILED when bytes were lost."""
         with self.lock:
             state = holding.state
-            if isinstance(error, IntegrityError) and state is not SessionState.CLOSED:
+            if isinstance(error, IntegrityError) and state not in (SessionState.CLOSED, SessionState.FAILED):
                 holding.go(SessionState.FAILED, "fail")
                 holding.failure = error
             elif state is SessionState.RESUMING and error is None:
@@ -357,7 +358,6 @@ class Pager(Lineages):
         self._out.put(boundary)
 
     def _work_out(self) -> None:
-        self.device.bind_thread()
         while (item := self._out.get()) is not None:
             if isinstance(item, Boundary):
                 self._settle_boundary(item)
@@ -366,9 +366,10 @@ class Pager(Lineages):
 
     def _settle_boundary(self, boundary: Boundary) -> None:
         try:
+            self.device.bind_thread()
             boundary.written.synchronize()
-        except DeviceError as error:
-            self.log_id("-", f"boundary stays on the device ({error})")
+        except BaseException as error:  # noqa: BLE001 - the thread's edge; a resume takes what is on the device
+            self.log_id("-", f"boundary stays on the device ({error!r})")
             return
         with self.lock:
             boundary.host_valid_bytes = boundary.size_bytes
@@ -377,14 +378,15 @@ class Pager(Lineages):
 
     def _drain(self, holding: Holding) -> None:
         try:
+            self.device.bind_thread()
             holding.wait_issued()
             if holding.release:
                 self.evict(holding, released=True)
             if holding.state is SessionState.PAUSED:
                 self._clean(holding)
-        except DjinnError as error:
-            holding.trouble = error
-            self.log(holding, f"stays dirty ({error})")
+        except BaseException as error:  # noqa: BLE001 - the thread's edge: `wait_until` tells whoever waits
+            holding.trouble = told(error, holding, "its write-back", "on the device; resume and pause it to try again")
+            self.log(holding, f"stays dirty ({error!r})")
         finally:
             with self.lock:
                 holding.queued = False

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from djinn_core.device.base import Device, Event
@@ -39,7 +39,6 @@ class Room:
         holdings: every open session's, by id.
         h2d, d2h: the streams of the two directions.
         events: what happened, oldest first, bounded.
-        on_event: called with each event, if set.
     """
 
     def __init__(
@@ -55,7 +54,6 @@ class Room:
         self.h2d = device.stream()
         self.d2h = device.stream()
         self.events: deque[PagerEvent] = deque(maxlen=EVENTS_KEPT)
-        self.on_event: Callable[[PagerEvent], None] | None = None
         self._acquiring = threading.RLock()  # one caller evicts for itself at a time
         self._taking = threading.Lock()  # extents for one pass are taken together
 
@@ -77,10 +75,7 @@ class Room:
         seconds: float = 0.0,
         copies: tuple[Event, Event] | None = None,
     ) -> None:
-        entry = PagerEvent(time.perf_counter(), session, event, size_bytes, seconds * 1e3, copies)
-        self.events.append(entry)
-        if self.on_event is not None:
-            self.on_event(entry)
+        self.events.append(PagerEvent(time.perf_counter(), session, event, size_bytes, seconds * 1e3, copies))
 
     def evict(self, holding: Holding, *, released: bool = False) -> bool:
         """Take a paused session off the device, after writing back what is new. False when it is paused no more.
@@ -144,7 +139,7 @@ class Room:
         """Unmap a clean session that is `moving`: it is SWAPPED; returns the bytes freed."""
         try:
             freed = self._unmap(holding, list(holding.mapped.values()))
-        except DeviceError:
+        except BaseException:
             with self.lock:
                 holding.moving = False
                 self.lock.notify_all()

@@ -125,13 +125,16 @@ class Staging:
 
     def give_back(self, slot: Slot) -> None:
         """The slot may be taken again; the stream order keeps its readers and the next writer apart."""
-        slot.renew(self._device)
-        with self._changed:
-            if slot in self._slots:
-                self._idle.append(slot)
-                self._changed.notify()
-                return
-        slot.close()
+        try:
+            slot.renew(self._device)
+        finally:
+            with self._changed:
+                wanted = slot in self._slots
+                if wanted:
+                    self._idle.append(slot)
+                    self._changed.notify()
+        if not wanted:
+            slot.close()
 
     def load(self, slot: Slot, source: torch.Tensor) -> None:
         """Issue the copy of a boundary into `slot`; done at `slot.ready`."""

@@ -92,25 +92,24 @@ class Tiers:
         with self._pager.lock, stored.lock:
             old, stored.host = stored.host, block
             stored.host_valid_bytes = stored.disk_valid_bytes
+            if old is not None:
+                old.free()
             self._drop_disk(stored)
-        if old is not None:
-            old.free()
         self._pager.log_id(owner, "disk_read", stored.host_valid_bytes, time.perf_counter() - begun_s)
 
     def discard(self, stored: Stored) -> None:
         """Nobody refers to it any more. Its device memory, if any, is the pager's to take. The lock is held."""
         with stored.lock:
-            if stored.host is not None:
-                stored.host.free()
-                stored.host = None
+            host, stored.host, stored.host_valid_bytes = stored.host, None, 0
+            if host is not None:
+                host.free()
             self._drop_disk(stored)
-            stored.host_valid_bytes = 0
 
     def _drop_disk(self, stored: Stored) -> None:
-        if stored.disk is not None:
-            self.disk.free(stored.disk)
-            stored.disk = None
-            stored.disk_valid_bytes = 0
+        """Forget the disk copy, whether or not the file system takes its room back."""
+        block, stored.disk, stored.disk_valid_bytes = stored.disk, None, 0
+        if block is not None:
+            self.disk.free(block)
 
     # making room on the host
 
@@ -206,7 +205,8 @@ class Tiers:
                 return 0
             stored.readers += 1
         begun_s = time.perf_counter()
-        written = None
+        written = surplus = None
+        freed = 0
         try:
             if self.disk is None:
                 raise OutOfDisk("there is no disk tier (disk_path)", needed_bytes=size_bytes, free_bytes=0)
@@ -216,17 +216,16 @@ class Tiers:
                 stored.readers -= 1
                 alone = not stored.readers and self._idle(stored)
                 if written is not None and alone and stored.host is host and stored.host_valid_bytes == size_bytes:
-                    self._drop_disk(stored)
-                    stored.disk, stored.disk_valid_bytes = written, size_bytes
+                    surplus, stored.disk, stored.disk_valid_bytes = stored.disk, written, size_bytes
                     stored.host, stored.host_valid_bytes = None, 0
-                    written, freed = None, stored.size_bytes
+                    freed = stored.size_bytes
                 else:
-                    freed = 0
-            if written is not None:
-                self.disk.free(written)
+                    surplus = written
         if freed:
             host.free()
             self._pager.log(holding, "disk_write", size_bytes, time.perf_counter() - begun_s)
+        if surplus is not None:
+            self.disk.free(surplus)
         return freed
 
     def _idle(self, stored: Stored) -> bool:
