@@ -40,7 +40,7 @@ from djinn_core.turn import Turn
 from djinn_core.weights.plan import Residency
 
 if TYPE_CHECKING:
-    from djinn_core.sessions import Policy, Session, SessionInfo, Sessions
+    from djinn_core.sessions import Policy, Session, Sessions, SessionTable
     from djinn_core.sessions.pagerevents import PagerEvent
 
 HOST_SHARE = 0.8  # of the memory that the machine has free, when host_bytes is not given
@@ -272,9 +272,11 @@ class Runtime:
         self._check_loaded(model)
         return load_session(folder, model, self._opened())
 
-    def sessions(self) -> tuple[SessionInfo, ...]:
-        """Every open session now: its state, and where its memory is."""
-        return () if self._sessions is None else self._sessions.infos()
+    def sessions(self) -> SessionTable:
+        """Every open session now, a `SessionInfo` for each: its state, and where its memory is; prints as a table."""
+        from djinn_core.sessions import SessionTable
+
+        return SessionTable() if self._sessions is None else self._sessions.infos()
 
     @property
     def events(self) -> deque[PagerEvent]:

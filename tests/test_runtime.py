@@ -197,9 +197,14 @@ def test_sessions_work_on_a_streamed_model():
             session.resume()
             ran = [after - b for after, b in zip(model.djinn.executed, before, strict=True)]
             assert ran == [0] * 4 + [1] * 6
-            assert [info.id for info in runtime.sessions()] == [session.id]
+            table = runtime.sessions()
+            assert [info.id for info in table] == [session.id] and isinstance(table, tuple)
+            header, row = str(table).splitlines()
+            assert header.split()[:3] == ["session", "state", "length"]
+            assert row.split()[:2] == [session.id, "running"] and f"{table[0].device_bytes:,}" in row
+            assert len(header) == len(row)
             assert torch.equal(session.generate(6), want[:, IDS.shape[1] :])
-        assert runtime.sessions() == ()
+        assert runtime.sessions() == () and str(runtime.sessions()).startswith("session")
 
 
 def test_a_model_of_someone_else_opens_no_session():

@@ -5,7 +5,7 @@ from djinn_core.sessions.breakpoints import Breakpoint
 from djinn_core.sessions.checkpoint import Checkpoint
 from djinn_core.sessions.edits import Ablate, Add, Edit, ProjectOut, Replace, Scale
 from djinn_core.sessions.policy import Candidate, ExpectedLast, Policy
-from djinn_core.sessions.rooms import SessionInfo, Sessions
+from djinn_core.sessions.rooms import SessionInfo, Sessions, SessionTable
 from djinn_core.sessions.sampling import Sampling
 from djinn_core.sessions.session import Session
 from djinn_core.sessions.state import SessionState
@@ -26,6 +26,7 @@ __all__ = [
     "Session",
     "SessionInfo",
     "SessionState",
+    "SessionTable",
     "Sessions",
     "edits",
 ]

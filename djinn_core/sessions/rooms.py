@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from djinn_core.device.base import Device
@@ -43,6 +43,26 @@ class SessionInfo:
             f"{self.id:>6} {self.state.value:<9} {self.length:>7}/{self.max_length:<7} device {self.device_bytes:>14,} "
             f"host {self.host_bytes:>14,} disk {self.disk_bytes:>14,}"
         )
+
+
+_NUMBERS = tuple(field.name for field in fields(SessionInfo) if field.name not in ("id", "state"))
+
+
+class SessionTable(tuple[SessionInfo, ...]):
+    """The sessions of one moment, oldest first: a tuple whose `str()` is a table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        rows = [("session", "state", *(name.replace("_", " ") for name in _NUMBERS))]
+        for info in self:
+            rows.append((info.id, info.state.value, *(f"{getattr(info, name):,}" for name in _NUMBERS)))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = []
+        for session, state, *numbers in rows:
+            cells = [n.rjust(width) for n, width in zip(numbers, widths[2:], strict=True)]
+            lines.append("  ".join([session.ljust(widths[0]), state.ljust(widths[1]), *cells]))
+        return "\n".join(lines)
 
 
 class Sessions:
@@ -89,10 +109,10 @@ class Sessions:
         """A session around a holding that `load_session` has filled."""
         return Session(model, self.pager, holding, story)
 
-    def infos(self) -> tuple[SessionInfo, ...]:
+    def infos(self) -> SessionTable:
         """Every open session, now."""
         with self.pager.lock:
-            return tuple(_info(holding) for holding in self.pager.holdings.values())
+            return SessionTable(_info(holding) for holding in self.pager.holdings.values())
 
     def close(self) -> None:
         """Close what is open, and end the pager."""
