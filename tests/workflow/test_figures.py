@@ -11,11 +11,13 @@ import pandas as pd
 import pytest
 
 from tests.workflow.synthetic import LAYERS, Maker
+from workflow.lib.claimfiles import cases_of, filled
 from workflow.lib.results import ResultError
 from workflow.lib.systems import PRESSURE_SYSTEMS, RESUME_METHODS, STREAMING_GROUPS
 from workflow.plots import fig5, fig6, fig7, table1
-from workflow.plots.load import certificate_of
+from workflow.plots.load import certificate_of, read
 from workflow.scripts import memory_breakdown, report
+from workflow.scripts.claims import load_claims
 
 REPOSITORY = Path(__file__).parents[2]
 PLOTS = sorted((REPOSITORY / "workflow/plots").glob("*.py"))
@@ -183,6 +185,7 @@ def test_fig6_shows_every_system_and_where_eager_stopped(run: Maker, tmp_path: P
     djinn = table[(table["system"] == "djinn") & table["device_bytes"].notna()]
     assert djinn["sessions"].max() == 50
     assert djinn["device_bytes"].max() <= 80_000_000_000
+    assert fig6.not_drawn(table, emulated=False) == "not drawn: manual offload, pinned (no memory samples)"
     missing = table[table["method"] == "manual_offload_pinned"]
     assert missing["device_bytes"].isna().all()
 
@@ -195,16 +198,54 @@ def test_fig6_reads_the_ledger_where_there_is_no_gpu(tmp_path: Path):
     assert set(table["source"].dropna()) == {"ledger"}
 
 
-def test_fig7_reads_each_method_from_its_own_file(run: Maker, tmp_path: Path):
+def lone(run: Maker, method: str, value: float) -> None:
+    """A method's own file with other numbers than its rows in Djinn's."""
+    result = run.result("resume", method)
+    for metric in ("ready_ms", "next_logits_ms"):
+        result.sample(metric, value, "ms", layer=LAYERS[-1], state="S", method=method)
+    run.write(result)
+
+
+def test_fig7_and_table1_show_the_rows_that_the_claims_judge(run: Maker, tmp_path: Path):
     run.resume()
-    result = run.result("resume", "eager")
-    result.sample("ready_ms", 123.0, "ms", layer=1, state="S", method="eager")
+    lone(run, "eager", 123.0)
+    lone(run, "recompute", 456.0)
+    _, table = drawn(fig7, run, tmp_path)
+    files = dict(table[["method", "file"]].drop_duplicates().itertuples(index=False))
+    apart = ("recompute", "manual_offload_pageable")
+    assert files == {m: f"{m}.json" if m in apart else "djinn.json" for m in RESUME_METHODS}
+    assert set(table[(table["method"] == "recompute") & table["median"].notna()]["median"]) == {456.0}
+    djinn = read(run.folder / "resume/djinn.json")
+    drawn_rows = table.set_index(["method", "metric", "state", "layer"])["median"]
+    compared = [claim for claim in load_claims(REPOSITORY / "config/claims.yaml") if claim["value"].get("paired")]
+    nodes = [
+        filled(node, case)
+        for claim in compared
+        if claim["experiment"] == "resume"
+        for case in cases_of(claim)
+        for node in claim["value"]["ratio"]
+    ]
+    assert len(nodes) > 20
+    for node in nodes:
+        where = node["where"]
+        shown = drawn_rows[(where["method"], node["metric"], where["state"], where["layer"])]
+        assert shown == pytest.approx(djinn.median(node["metric"], where), rel=1e-6)
+    table1.draw(run.folder, tmp_path / "table1.md")
+    rows = pd.read_csv(tmp_path / "table1.csv").set_index("method")
+    assert rows["next_logits_ms"]["recompute"].startswith("456 ")
+    assert not rows["next_logits_ms"]["eager"].startswith("123 ")
+    assert "in runs of their own: recompute; manual offload, pageable" in (tmp_path / "table1.md").read_text()
+
+
+def test_a_figure_without_djinns_rows_shows_each_methods_own(run: Maker, tmp_path: Path):
+    run.resume()
+    lone(run, "eager", 123.0)
+    result = run.result("resume", "djinn")
+    result.fail("failed", "as the test wants")
     run.write(result)
     _, table = drawn(fig7, run, tmp_path)
-    row = table[(table["method"] == "eager") & (table["metric"] == "ready_ms")]
-    assert list(row["median"]) == [123.0]
-    djinn = table[(table["method"] == "djinn") & (table["metric"] == "next_logits_ms")]
-    assert sorted(djinn["layer"]) == list(LAYERS)
+    assert set(table[table["method"] == "eager"]["median"]) == {123.0}
+    assert table[table["method"] == "djinn"]["status"].tolist() == ["failed"]
 
 
 def test_fig7_keeps_a_method_that_failed(run: Maker, tmp_path: Path):

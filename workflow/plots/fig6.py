@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 
 from workflow.lib.systems import PRESSURE_SYSTEMS
 from workflow.plots import style
-from workflow.plots.load import ResultFile, certificate_of, read_folder
+from workflow.plots.load import ResultFile, certificate_of, in_words, read_folder
 
 METHODS = {
     "eager": ("eager",),
@@ -127,25 +127,35 @@ def draw(results_dir: Path, out: Path, csv: Path) -> None:
     style.panel(left, "a", "while sessions arrive")
     style.panel(right, "b", "over the whole run")
     legend(fig, table)
+    words = not_drawn(table, emulated=djinn.gpu is None)
+    fig.text(0.99, 0.004, words, fontsize=5, color=style.INK, ha="right", va="bottom")
     style.finish(fig, results, certificate, [*(result.path for result in results), certificate.path])
     style.write(fig, out, table, csv)
 
 
 def legend(fig: plt.Figure, table: pd.DataFrame) -> None:
-    """One legend for both panels; a line that is not there is named with what happened instead."""
+    """One legend for both panels, of the lines that are there."""
     handles = []
     for key, status, rows in lines_of(table):
-        words = style.label(key)
-        if status != "ok":
-            words += f" ({status.replace('_', ' ')})"
-        elif rows.empty:
-            words += " (no memory samples)"
-        handles.append(plt.Line2D([], [], color=style.colour(key), linestyle=LINES.get(key, "-"), label=words))
+        if len(rows):
+            words = style.label(key) + ("" if status == "ok" else f" ({in_words(status)})")
+            handles.append(plt.Line2D([], [], color=style.colour(key), linestyle=LINES.get(key, "-"), label=words))
     handles.append(plt.Line2D([], [], color="0.1", linewidth=0.9, label="cap"))
     handles.append(plt.Line2D([], [], color=style.INK, linewidth=0.9, linestyle=":", label="demand"))
     fig.legend(
         handles=handles, loc="upper center", ncol=4, bbox_to_anchor=(0.5, 1.0), columnspacing=1.4, handlelength=2.2
     )
+
+
+def not_drawn(table: pd.DataFrame, *, emulated: bool) -> str:
+    """Which methods have no line, and why; empty when all have one."""
+    untold = "host memory is their device memory" if emulated else "no memory samples"
+    reasons: dict[str, list[str]] = {}
+    for key, status, rows in lines_of(table):
+        if rows.empty:
+            reasons.setdefault(untold if status == "ok" else in_words(status), []).append(style.label(key))
+    told = "; ".join(f"{' and '.join(names)} ({why})" for why, names in reasons.items())
+    return f"not drawn: {told}" if told else ""
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Figure 7: how long a resume takes against the depth at which the pass was stopped.
 
-Every line is one method's own file, the median with its bootstrap interval. The two end points are apart: when the next
-layer may start, and when the next logits are there. The bounds drawn are the bytes of the state over the
+Each mark is a median with its bootstrap interval, of the rows that the claims judge: those of Djinn's file, in which
+its rivals ran interleaved with it, and of a method's own file where it did not. The two end points are apart: when the
+next layer may start, and when the next logits are there. The bounds drawn are the bytes of the state over the
 host-to-device rate measured around Djinn's result: no method that brings state back can be below its bound.
 """
 
@@ -16,7 +17,7 @@ from matplotlib.axes import Axes
 
 from workflow.lib.systems import RESUME_METHODS
 from workflow.plots import style
-from workflow.plots.load import ResultFile, certificate_of, read_folder
+from workflow.plots.load import ResultFile, certificate_of, read_folder, shown_from
 
 WHOLE, BOUNDARY = "S", "A"
 STATES = (WHOLE, BOUNDARY)
@@ -28,26 +29,29 @@ MARKERS = dict(zip(RESUME_METHODS, "osv^Dp", strict=False))
 def collect(results: list[ResultFile]) -> pd.DataFrame:
     """The numbers drawn: by method, state set and layer; a method without numbers keeps a row with its status."""
     rows = []
-    for result in results:
-        own = [
-            row | {"metric": metric, "method": result.system, "status": result.status}
+    for method, file in shown_from(results).items():
+        head = {"method": method, "status": file.status, "file": file.path.name}
+        drawn = [
+            row | head | {"metric": metric}
             for metric in (*METRICS, "state_bytes")
-            for row in summaries(result, metric)
+            for row in summaries(file, metric, method)
         ]
-        rows += own or [{"method": result.system, "status": result.status}]
-    columns = ["method", "status", "metric", "unit", "state", "layer", "median", "ci95_low", "ci95_high", "n"]
+        rows += drawn or [head]
+    columns = ["method", "status", "file", "metric", "unit", "state", "layer", "median", "ci95_low", "ci95_high", "n"]
     return pd.DataFrame(rows).reindex(columns=columns)
 
 
-def summaries(result: ResultFile, metric: str) -> list[dict]:
-    if not result.ok:
+def summaries(file: ResultFile, metric: str, method: str) -> list[dict]:
+    """A row per state set and layer, of the rows of one method in a file."""
+    if not file.ok:
         return []
-    found = result.select(metric)
+    whose = {} if file.system == method else {"method": method}
+    found = file.select(metric, whose)
     rows = []
     for state in STATES:
         layers = found[found["state"] == state]["layer"] if {"state", "layer"} <= set(found.columns) else []
         for layer in [*sorted(set(pd.Series(layers, dtype=float).dropna())), None]:
-            summary = result.summary(metric, {"state": state, "layer": layer})
+            summary = file.summary(metric, whose | {"state": state, "layer": layer})
             if summary:
                 names = ("median", "ci95_low", "ci95_high", "n")
                 unit = found["unit"].iloc[0]
@@ -143,16 +147,20 @@ def draw(results_dir: Path, out: Path, csv: Path) -> None:
     style.panel(ready, "a", "the next layer may start")
     style.panel(logits, "b", "the next logits are there")
     token.set_title("(c) the next token", pad=5, x=-0.4)
-    legend(fig, results)
+    legend(fig, results, table)
+    note = f"rows {style.runs_line(shown_from(results))}"
+    fig.text(0.99, 0.004, note, fontsize=5, color=style.INK, ha="right", va="bottom")
     style.finish(fig, results, certificate, [*(result.path for result in results), certificate.path])
     style.write(fig, out, table, csv)
 
 
-def legend(fig: plt.Figure, results: list[ResultFile]) -> None:
-    """One legend for all panels; a method without numbers is named with its outcome."""
+def legend(fig: plt.Figure, results: list[ResultFile], table: pd.DataFrame) -> None:
+    """One legend for all panels; a method whose own run gave no numbers is named with its outcome."""
     handles = []
+    drawn = set(table[table["median"].notna()]["method"])
     for result in results:
-        words = style.label(result.system) + ("" if result.ok else f" ({style.outcome(result)})")
+        alone = "its own run: " if result.system in drawn else ""
+        words = style.label(result.system) + ("" if result.ok else f" ({alone}{style.outcome(result)})")
         marker = MARKERS.get(result.system, "o")
         handles.append(
             plt.Line2D([], [], color=style.colour(result.system), marker=marker, markersize=3.2, label=words)

@@ -177,6 +177,17 @@ def not_run(path: Path, reason: str, beside: ResultFile) -> ResultFile:
     return ResultFile(path, {**beside.data, **nothing, **told})
 
 
+def shown_from(results: Sequence[ResultFile], system: str = "djinn") -> dict[str, ResultFile]:
+    """The file from which each method's rows are shown.
+
+    It is `system`'s file for the methods that ran interleaved with it, as the claims compare them; a method that runs
+    without others between is a little faster. The rest are shown from their own files.
+    """
+    together = next(result for result in results if result.system == system)
+    beside = set(together.samples["method"].dropna()) if together.ok and "method" in together.samples else set()
+    return {result.system: together if result.system in beside else result for result in results}
+
+
 @dataclass(frozen=True)
 class Certificate:
     """What certify said, and of which machine: `verdict` is pass, warn, fail or missing."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -123,6 +123,15 @@ def panel(axes: Axes, letter: str, title: str) -> None:
 def outcome(result: ResultFile) -> str:
     """What stands where a number would: the status, in words."""
     return in_words(result.status)
+
+
+def runs_line(shown: Mapping[str, ResultFile]) -> str:
+    """Which of the methods shown ran interleaved with each other and which alone (see `load.shown_from`)."""
+    together = [method for method, file in shown.items() if file.ok and file.system != method]
+    alone = [label(method) for method, file in shown.items() if file.ok and file.system == method != "djinn"]
+    if not together:
+        return "of each method's own run"
+    return "interleaved in one run" + (f", but in runs of their own: {'; '.join(alone)}" if alone else "")
 
 
 def machine_line(results: Sequence[ResultFile]) -> str:

@@ -2,9 +2,10 @@
 
     python -m workflow.plots.table1 --results results/cpu --out paper_figures/table1.md
 
-Latency is the median at the deepest breakpoint, for the whole session. Sessions at the cap come from the pressure run,
-or read "not run". The lines of code are counted in the methods' own source, between `# user-code begin` and
-`# user-code end`, over the methods that a class has or inherits: what a user would write, and nothing else.
+Latency is the median at the deepest breakpoint, for the whole session, of the rows that figure 7 shows. Sessions at the
+cap come from the pressure run, or read "not run". The lines of code are counted in the methods' own source, between
+`# user-code begin` and `# user-code end`, over the methods that a class has or inherits: what a user would write, and
+nothing else.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import pandas as pd
 
 from workflow.lib.results import ResultError, write_text
 from workflow.lib.systems import PRESSURE_SYSTEMS, RESUME_METHODS
-from workflow.plots.load import ResultFile, certificate_of, digest, in_words, read_comparable, read_folder
-from workflow.plots.style import label, machine_line
+from workflow.plots.load import ResultFile, certificate_of, digest, in_words, read_comparable, read_folder, shown_from
+from workflow.plots.style import label, machine_line, runs_line
 
 METHODS_FOLDER = Path(__file__).resolve().parents[1] / "scripts/resume_methods"
 BEGIN, END = "# user-code begin", "# user-code end"
@@ -42,20 +43,21 @@ PRESSURE_ROWS = {
 }
 
 
-def deepest(result: ResultFile, metric: str) -> tuple[float, dict] | None:
-    """The deepest layer with samples of the whole session, and their summary."""
-    rows = result.select(metric, {"state": WHOLE})
+def deepest(file: ResultFile, metric: str, method: str) -> tuple[float, dict] | None:
+    """The deepest layer with samples of the method's whole session, and their summary."""
+    where = {"state": WHOLE} | ({} if file.system == method else {"method": method})
+    rows = file.select(metric, where)
     layers = rows["layer"].dropna() if "layer" in rows.columns else rows["value"].iloc[0:0]
     if layers.empty:
         return None
     layer = float(layers.max())
-    return layer, result.summary(metric, {"state": WHOLE, "layer": layer})
+    return layer, file.summary(metric, where | {"layer": layer})
 
 
-def latency(result: ResultFile, metric: str) -> str:
-    if not result.ok:
-        return in_words(result.status)
-    found = deepest(result, metric)
+def latency(file: ResultFile, metric: str, method: str) -> str:
+    if not file.ok:
+        return in_words(file.status)
+    found = deepest(file, metric, method)
     if found is None:
         return "not measured"
     _, row = found
@@ -148,10 +150,11 @@ def user_lines(folder: Path) -> dict[str, int]:
 def table(resume: list[ResultFile], pressure: dict[str, ResultFile], folder: Path) -> pd.DataFrame:
     """One row per method."""
     lines = user_lines(folder)
-    rows = []
+    rows, files = [], shown_from(resume)
     for result in resume:
         row = {"method": label(result.system)}
-        row |= {metric: latency(result, metric) for metric in ("ready_ms", "next_logits_ms")}
+        shown = files[result.system]
+        row |= {metric: latency(shown, metric, result.system) for metric in ("ready_ms", "next_logits_ms")}
         row |= {"sessions": sessions(result.system, pressure), "edits": edits(result)}
         row["lines"] = str(lines[result.system]) if result.system in lines else "not marked"
         rows.append(row)
@@ -185,7 +188,7 @@ def draw(results_dir: Path, out: Path, folder: Path = METHODS_FOLDER) -> None:
     paths = [results_dir / "pressure" / f"{system}.json" for system in PRESSURE_SYSTEMS]
     pressure = {result.system: result for result in read_comparable(path for path in paths if path.exists())}
     djinn = next(result for result in resume if result.system == "djinn")
-    found = deepest(djinn, "next_logits_ms") if djinn.ok else None
+    found = deepest(djinn, "next_logits_ms", "djinn") if djinn.ok else None
     shown = [*resume, *pressure.values()]
     notes = [f"{machine_line(resume)} · input {digest(result.path for result in shown)}"]
     if pressure and machine_line([*pressure.values()]) != machine_line(resume):
@@ -197,6 +200,7 @@ def draw(results_dir: Path, out: Path, folder: Path = METHODS_FOLDER) -> None:
     notes += [", ".join(marks)] if marks else []
     depth = f"after layer {found[0]:g}, the deepest" if found else "at the deepest breakpoint"
     notes.append(f"Latency {depth}, of the whole session: median with its 95 % interval.")
+    notes.append(f"The methods' rows: {runs_line(shown_from(resume))}.")
     rows = table(resume, pressure, folder)
     write_text(out, markdown(rows, notes))
     write_text(out.with_suffix(".tex"), latex(rows, notes))
