@@ -185,7 +185,7 @@ def test_fig6_shows_every_system_and_where_eager_stopped(run: Maker, tmp_path: P
     djinn = table[(table["system"] == "djinn") & table["device_bytes"].notna()]
     assert djinn["sessions"].max() == 50
     assert djinn["device_bytes"].max() <= 80_000_000_000
-    assert fig6.not_drawn(table, emulated=False) == "not drawn: manual offload, pinned (no memory samples)"
+    assert fig6.not_drawn(table, emulated=False) == "not drawn (no memory samples): manual offload, pinned"
     missing = table[table["method"] == "manual_offload_pinned"]
     assert missing["device_bytes"].isna().all()
 

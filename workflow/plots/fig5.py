@@ -80,7 +80,7 @@ def bars(axes: Axes, rows: pd.DataFrame, axis_label: str, *, names: bool) -> Non
                 axes.plot([row.h2d_gbps] * 2, [place - 0.46, place + 0.46], color=style.INK, linewidth=1)
                 reach = max(reach, row.h2d_gbps) if row.median > 0.7 * row.h2d_gbps else reach
         axes.annotate(
-            f"{row.median:.3g}",
+            style.short(row.median),
             (reach, place),
             xytext=(4, 0),
             textcoords="offset points",
@@ -96,7 +96,7 @@ def share_axis(pair: list[Axes], *, logarithmic: bool, values: pd.Series) -> Non
     for axes in pair:
         if logarithmic and len(values):
             axes.set_xscale("log")
-            axes.set_xlim(0.5 * values.min(), 5 * values.max())
+            axes.set_xlim(0.7 * values.min(), 5 * values.max())
             axes.xaxis.set_major_formatter("{x:g}")
             axes.xaxis.set_minor_formatter("")
         elif len(values):
@@ -169,7 +169,8 @@ def draw(results_dir: Path, out: Path, csv: Path) -> None:
             if column == 0:
                 above = {"transform": axes.transAxes, "ha": "right", "va": "bottom", "fontsize": 6.5}
                 axes.text(-0.03, 1.0, group, color=style.INK, fontweight="bold", **above)
-        share_axis(pair, logarithmic=unit == "s", values=drawn[drawn["metric"] == metric]["median"].dropna())
+        spread = drawn[drawn["metric"] == metric][["ci95_low", "ci95_high"]].stack().dropna()
+        share_axis(pair, logarithmic=unit == "s", values=spread)
         style.panel(pair[0], LETTERS[column], title)
     axes = fig.add_subplot(grid[:, 3])
     box = axes.get_position()

@@ -115,8 +115,8 @@ def draw(results_dir: Path, out: Path, csv: Path) -> None:
     certificate = certificate_of(results_dir, "pressure")
     table = collect(results)
     djinn = next(result for result in results if result.system == "djinn")
-    fig, (left, right) = plt.subplots(1, 2, figsize=(style.PAGE_IN, 2.8), sharey=True)
-    fig.subplots_adjust(left=0.07, right=0.99, top=0.81, bottom=0.17, wspace=0.08)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(style.PAGE_IN, 2.9), sharey=True)
+    fig.subplots_adjust(left=0.07, right=0.99, top=0.815, bottom=0.2, wspace=0.08)
     by_sessions(left, table, dict(djinn.config))
     by_time(right, table, dict(djinn.config))
     for axes in (left, right):
@@ -127,8 +127,7 @@ def draw(results_dir: Path, out: Path, csv: Path) -> None:
     style.panel(left, "a", "while sessions arrive")
     style.panel(right, "b", "over the whole run")
     legend(fig, table)
-    words = not_drawn(table, emulated=djinn.gpu is None)
-    fig.text(0.99, 0.004, words, fontsize=5, color=style.INK, ha="right", va="bottom")
+    style.note(fig, not_drawn(table, emulated=djinn.gpu is None))
     style.finish(fig, results, certificate, [*(result.path for result in results), certificate.path])
     style.write(fig, out, table, csv)
 
@@ -154,8 +153,7 @@ def not_drawn(table: pd.DataFrame, *, emulated: bool) -> str:
     for key, status, rows in lines_of(table):
         if rows.empty:
             reasons.setdefault(untold if status == "ok" else in_words(status), []).append(style.label(key))
-    told = "; ".join(f"{' and '.join(names)} ({why})" for why, names in reasons.items())
-    return f"not drawn: {told}" if told else ""
+    return " · ".join(f"not drawn ({why}): {'; '.join(names)}" for why, names in reasons.items())
 
 
 if __name__ == "__main__":

@@ -114,9 +114,9 @@ def next_token(axes: Axes, table: pd.DataFrame, results: list[ResultFile]) -> No
         hue = style.colour(result.system)
         axes.barh(place, row["median"], height=0.66, color=hue, xerr=spread, error_kw={"elinewidth": 0.7})
         beside = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": 6}
-        axes.annotate(f"{row['median']:.3g}", (row["ci95_high"], place), color=style.INK, **beside)
+        axes.annotate(style.short(row["median"]), (row["ci95_high"], place), color=style.INK, **beside)
     if len(rows):
-        axes.set_xlim(0, 1.22 * rows["ci95_high"].max())
+        axes.set_xlim(0, 1.35 * rows["ci95_high"].max())
 
 
 def draw(results_dir: Path, out: Path, csv: Path) -> None:
@@ -130,8 +130,8 @@ def draw(results_dir: Path, out: Path, csv: Path) -> None:
     certificate = certificate_of(results_dir, "resume")
     table = collect(results)
     djinn = next(result for result in results if result.system == "djinn")
-    fig, (ready, logits, token) = plt.subplots(1, 3, figsize=(style.PAGE_IN, 2.85), width_ratios=(1, 1, 0.9))
-    fig.subplots_adjust(left=0.07, right=0.99, top=0.755, bottom=0.165, wspace=0.2)
+    fig, (ready, logits, token) = plt.subplots(1, 3, figsize=(style.PAGE_IN, 2.95), width_ratios=(1, 1, 0.9))
+    fig.subplots_adjust(left=0.078, right=0.99, top=0.763, bottom=0.195, wspace=0.2)
     lines(ready, table, "ready_ms")
     ready.set_yscale("log", nonpositive="clip")
     ready.yaxis.set_major_formatter("{x:g}")
@@ -148,8 +148,7 @@ def draw(results_dir: Path, out: Path, csv: Path) -> None:
     style.panel(logits, "b", "the next logits are there")
     token.set_title("(c) the next token", pad=5, x=-0.4)
     legend(fig, results, table)
-    note = f"rows {style.runs_line(shown_from(results))}"
-    fig.text(0.99, 0.004, note, fontsize=5, color=style.INK, ha="right", va="bottom")
+    style.note(fig, f"rows {style.runs_line(shown_from(results))}")
     style.finish(fig, results, certificate, [*(result.path for result in results), certificate.path])
     style.write(fig, out, table, csv)
 

@@ -149,6 +149,16 @@ def machine_line(results: Sequence[ResultFile]) -> str:
     return " · ".join(word for word in words if word)
 
 
+def note(fig: Figure, words: str) -> None:
+    """A remark of its own line, above the footer; leave 0.4 inch below the axes for it and the axis labels."""
+    fig.text(0.005, 0.115 / fig.get_figheight(), words, fontsize=5, color=INK, ha="left", va="bottom")
+
+
+def short(value: float) -> str:
+    """Three digits, and no powers of ten where whole numbers say it."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def finish(fig: Figure, results: Sequence[ResultFile], certificate: Certificate, inputs: Sequence[Path]) -> None:
     """Footer and watermark. Leave room for both: the layout ends above the lowest 0.2 inch."""
     footer = f"{machine_line(results)} · input {digest(inputs)}"
