@@ -22,6 +22,27 @@ def test_every_preset_is_allowed(run: str) -> None:
     assert {"certify", "streaming", "resume", "pressure"} <= settings.keys()
 
 
+def test_a_preset_may_measure_some_experiments_only() -> None:
+    settings = load_config("h200_70b")
+    assert section(settings, "streaming")["model"]["name"] == "llama-2-70b"
+    with pytest.raises(SettingsError, match=r"h200_70b: .* no section 'resume'; it measures: certify, streaming"):
+        section(settings, "resume")
+    assert "h200_70b" not in PRESETS  # taken by name only
+
+
+def test_a_preset_without_an_experiment_is_a_graph_without_it() -> None:
+    command = [sys.executable, "-m", "snakemake", "-n", "--quiet", "host", "--config", "run=h200_70b", "--"]
+    done = subprocess.run([*command, "all"], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "streaming_system" in done.stdout and "fig5" in done.stdout
+    assert not any(name in done.stdout for name in ("resume_method", "pressure_djinn", "fig6", "fig7"))
+    refused = subprocess.run(
+        [*command, "paper_figures/fig7.pdf"], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert refused.returncode != 0
+    assert "this preset has no section 'resume'; it measures: certify, streaming" in refused.stdout + refused.stderr
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -65,7 +86,7 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
 
 
 def test_an_unknown_preset_names_those_there_are() -> None:
-    with pytest.raises(SettingsError, match="no preset 'b200'; allowed: cpu, h100, h200, l4"):
+    with pytest.raises(SettingsError, match="no preset 'b200'; allowed: cpu, h100, h200, h200_70b, l4"):
         load_config("b200")
 
 

@@ -11,18 +11,23 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
 from djinn_core import machine
 from djinn_core.errors import OutOfDeviceMemory, UnsupportedModel, WeightsError
-from workflow.lib import children, harness, identity, limits
+from workflow.lib import cgroup, children, harness, identity, limits
 from workflow.lib.gpulock import gpu_lock
 from workflow.lib.memory import MemorySampler
-from workflow.lib.results import read_result
+from workflow.lib.results import read_result, write_json
+from workflow.lib.systems import STREAMING_GROUPS
+from workflow.plots import fig5
+from workflow.scripts import report, streaming
 
 ROOT = Path(__file__).resolve().parents[2]
 STEADY = {"h2d_gbps": 50.0, "d2h_gbps": 50.0, "bidirectional_gbps": 80.0, "peer_gbps": None}
@@ -212,6 +217,75 @@ def test_what_the_machine_lacks_is_said_before_anything_runs(tmp_path: Path) -> 
     document = read_result(tmp_path / "streaming" / "djinn.json")
     assert document["status"] == "unsupported"
     assert "needs 1,000,000,000,000,000 bytes of free host memory, have" in document["reason"]
+
+
+def test_a_container_that_allows_less_than_the_host_has_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness.cgroup, "free_bytes", lambda: 1_000_000)
+    with pytest.raises(SystemExit):
+        run(tmp_path, lambda exp: pytest.fail("the body must not run"))
+    reason = read_result(tmp_path / "streaming" / "djinn.json")["reason"]
+    assert reason == "needs 2,000,000,000 bytes of free host memory, have 1,000,000"
+
+
+@pytest.mark.parametrize("version", ["v2", "v1"])
+def test_what_a_control_group_has_left(version: str, tmp_path: Path) -> None:
+    files, base = (cgroup.FILES_V2, tmp_path) if version == "v2" else (cgroup.FILES_V1, tmp_path / "memory")
+    own = tmp_path / "cgroup"
+    own.write_text("0::/pod/job\n" if version == "v2" else "3:cpuset:/\n4:memory:/pod/job\n")
+    assert cgroup.free_bytes(tmp_path, own) is None
+
+    def group(name: str, limit: str, used: int) -> None:
+        folder = base / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, value in zip(files, (limit, str(used), f"cache 1\n{files[2]} 30"), strict=True):
+            (folder / (file if "." in file else "memory.stat")).write_text(f"{value}\n")
+
+    group("pod/job", "max" if version == "v2" else str(2**63 - 4096), 400)
+    group("pod", "1000", 600)
+    assert cgroup.free_bytes(tmp_path, own) == 1000 - 600 + 30  # the pod's limit holds for what is below it
+    group("pod/job", "500", 400)
+    assert cgroup.free_bytes(tmp_path, own) == 500 - 400 + 30
+
+
+def test_a_model_that_the_host_cannot_hold_is_unsupported_for_every_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """70B on a card with room for its reference, and a host of 64 GB: nothing is loaded, nothing is killed."""
+    kind = machine.kind(None) | {"gpu": "NVIDIA H200", "gpu_memory_bytes": 150_000_000_000}
+    state = machine.state(None) | {"host_free_bytes": 64_000_000_000}
+    monkeypatch.setattr(machine, "gpu_uuid", lambda: "GPU-1")
+    monkeypatch.setattr(machine, "kind", lambda uuid: kind)
+    monkeypatch.setattr(machine, "state", lambda uuid: state)
+    monkeypatch.setattr(harness, "gpu_lock", lambda uuid: nullcontext(0.0))
+    needed = {"deepspeed_cpu": 170, "deepspeed_cpu_tuned": 170}
+    systems = [system for group in STREAMING_GROUPS.values() for system in group if system != "deepspeed_nvme"]
+    for system in systems:
+        out = tmp_path / "streaming" / f"{system}.json"
+        trace = out.with_name(f"dmon_{system}.csv")
+        words = f"streaming --run h200_70b --system {system} --out {out} --trace {trace} --log {tmp_path}/log"
+        monkeypatch.setattr(sys, "argv", words.split())
+        with pytest.raises(SystemExit) as end:
+            streaming.main()
+        assert end.value.code == 0 and trace.exists()
+        document = read_result(out)
+        assert document["status"] == "unsupported"
+        wanted = f"needs {needed.get(system, 150)},000,000,000 bytes of free host memory, have 64,000,000,000"
+        assert document["reason"] == wanted
+    write_json(tmp_path / "not_run.json", {"streaming/deepspeed_nvme": "it needs little host memory"})
+    fig5.draw(tmp_path, tmp_path / "fig5.pdf", tmp_path / "fig5.csv")
+    assert set(pd.read_csv(tmp_path / "fig5.csv")["status"]) == {"unsupported", "not_run"}
+    text, _ = report.report(tmp_path, ROOT / "config/claims.yaml")
+    assert text.count("needs 150,000,000,000 bytes") == 7
+
+
+def test_an_experiment_that_the_preset_does_not_measure_is_refused(tmp_path: Path, caplog) -> None:
+    args = Namespace(run="h200_70b", out=tmp_path / "x.json", overrides=[], log=tmp_path / "log")
+    with pytest.raises(SystemExit) as end, harness.experiment(args, experiment="resume", system="djinn"):
+        pytest.fail("the body must not run")
+    assert end.value.code == 2
+    assert "no section 'resume'" in (tmp_path / "log").read_text()
 
 
 def test_a_second_job_waits_for_the_gpu_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

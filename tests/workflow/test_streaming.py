@@ -173,7 +173,8 @@ def test_a_reference_of_other_weights_is_refused(exp, reference) -> None:
 def test_a_reference_that_does_not_fit_says_the_bytes(exp, monkeypatch) -> None:
     exp.device = "cuda:0"
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000, 2000))
-    needed_bytes = int(weight_bytes(source_of(CONFIG)) * resident.HEADROOM)
+    exp.config["activation_bytes"] = 500
+    needed_bytes = weight_bytes(source_of(CONFIG)) + 500
     with pytest.raises(Outcome, match=f"{needed_bytes:,} bytes on the device, have 1,000") as raised:
         resident.run(exp, exp.out)
     assert raised.value.status == "unsupported"

@@ -23,7 +23,7 @@ from workflow.lib.results import schema
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "config"
 EXPERIMENTS = ("certify", "streaming", "resume", "pressure", "rpc")
-# from the largest to the smallest: `auto` takes the first that fits the machine
+# from the largest to the smallest: `auto` takes the first that fits the machine; other presets are taken by name
 PRESETS = ("h200", "h100", "l4", "cpu")
 
 
@@ -80,8 +80,15 @@ def first_gpu_bytes() -> int:
 
 
 def section(settings: dict[str, Any], experiment: str) -> dict[str, Any]:
-    """The effective settings of one experiment: its own section with the machine's beside it."""
-    own = deepcopy(settings.get(experiment, {}))
+    """The effective settings of one experiment: its own section with the machine's beside it.
+
+    Raises:
+        SettingsError: the preset does not measure this experiment.
+    """
+    if experiment not in settings:
+        there = ", ".join(name for name in EXPERIMENTS if name in settings)
+        raise SettingsError(f"{settings['run']}: this preset has no section {experiment!r}; it measures: {there}")
+    own = deepcopy(settings[experiment])
     return own | {"machine": deepcopy(settings["machine"]), "overrides": list(settings.get("overrides", []))}
 
 

@@ -28,7 +28,7 @@ import torch
 
 from djinn_core import machine
 from djinn_core.errors import CapacityError, DjinnError, PinningRefused, UnsupportedModel
-from workflow.lib import children, identity, limits
+from workflow.lib import cgroup, children, identity, limits
 from workflow.lib.config import SettingsError, load_config, section
 from workflow.lib.gpulock import gpu_lock
 from workflow.lib.memory import MemorySampler
@@ -117,6 +117,15 @@ def read_settings(args: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit(2) from error
 
 
+def own_section(settings: dict[str, Any], experiment: str) -> dict[str, Any]:
+    """The experiment's settings; a preset that does not measure it ends the process with status 2 and one line."""
+    try:
+        return section(settings, experiment)
+    except SettingsError as error:
+        log.error("%s", error)
+        raise SystemExit(2) from error
+
+
 def begin(args: argparse.Namespace) -> dict[str, Any]:
     """Log, settings, and an end that leaves nothing behind; what every script does first."""
     start_logging(args.log)
@@ -147,7 +156,7 @@ def experiment(
             written and says why nothing was measured.
     """
     settings = begin(args)
-    config = section(settings, experiment)
+    config = own_section(settings, experiment)
     device = config["machine"]["device"]
     result = Result(experiment, system, args.run, config)
     progress = Progress(f"{experiment}/{system}")
@@ -207,7 +216,12 @@ def what_is_missing(config: dict[str, Any], facts: dict[str, Any], system: str) 
     if config["machine"]["device"] != "cpu" and kind["gpu"] is None:
         return "needs an NVIDIA GPU and its driver, have none; use the cpu preset"
     needs = config["expected"] | config.get("expected_by_system", {}).get(system, {})
-    have = {"device_bytes": kind["gpu_memory_bytes"], "host_bytes": facts["state"]["before"]["host_free_bytes"]}
+    host_bytes = facts["state"]["before"]["host_free_bytes"]
+    limited_bytes = cgroup.free_bytes()
+    have = {
+        "device_bytes": kind["gpu_memory_bytes"],
+        "host_bytes": host_bytes if limited_bytes is None else min(host_bytes, limited_bytes),
+    }
     for name, where in (("device_bytes", "on the GPU"), ("host_bytes", "of free host memory")):
         if have[name] is not None and needs[name] > have[name]:
             return f"needs {needs[name]:,} bytes {where}, have {have[name]:,}"

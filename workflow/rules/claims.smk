@@ -15,7 +15,7 @@ rule claims:
         results=[
             f"results/{RUN}/{name}"
             for name in CLAIMED
-            if has_rules(name.split("/")[0])
+            if is_measured(name.split("/")[0])
         ],
         code=[
             "workflow/scripts/claims.py",

@@ -26,12 +26,24 @@ def code_of(experiment):
 
 def settings(experiment):
     """A parameter that changes when, and only when, the settings of this experiment in its run do."""
-    return lambda wildcards: canonical(settings_of(wildcards.run), experiment)
+
+    def parameter(wildcards):
+        try:
+            return canonical(settings_of(wildcards.run), experiment)
+        except SettingsError as error:
+            raise WorkflowError(str(error)) from error
+
+    return parameter
 
 
 def has_rules(experiment):
     """Whether this experiment is part of the pipeline: its rules are there."""
     return (Path(workflow.basedir) / "workflow/rules" / f"{experiment}.smk").is_file()
+
+
+def is_measured(experiment):
+    """Whether this run has results of this experiment: there are rules for it, and its preset has a section."""
+    return has_rules(experiment) and experiment in SETTINGS
 
 
 def result_files(experiment, systems):
@@ -46,7 +58,7 @@ def results_folder(wildcards, input):
 
 remove_stale_locks(Path.cwd())
 RUN = auto_run() if config["run"] == "auto" else config["run"]
-settings_of(RUN)
+SETTINGS = settings_of(RUN)
 # Rules that measure take all cores that Snakemake has, so that no two of them ever run beside each other.
 ALL_CORES = workflow.cores or 1
 # The end of a command that keeps no log of its own: all that it prints goes to the rule's log, and is shown if it fails.

@@ -102,7 +102,9 @@ rule table1:
     input:
         results=result_files("resume", RESUME_METHODS),
         pressure=(
-            result_files("pressure", PRESSURE_SYSTEMS) if has_rules("pressure") else []
+            result_files("pressure", PRESSURE_SYSTEMS)
+            if is_measured("pressure")
+            else []
         ),
         certificate=f"results/{RUN}/certificate.json",
         methods=sorted(

@@ -17,8 +17,6 @@ from safetensors.torch import save_file
 from workflow.lib.harness import Experiment, Outcome
 from workflow.scripts.streaming_systems.base import source_of, stock_model, weight_bytes
 
-HEADROOM = 1.1  # weights, the KV cache of one prompt, activations
-
 
 @dataclass(frozen=True)
 class Answers:
@@ -85,13 +83,13 @@ def run(exp: Experiment, out: Path) -> None:
     """
     config = exp.config
     source = source_of(config)
-    needed_bytes = int(weight_bytes(source) * HEADROOM)
+    needed_bytes = weight_bytes(source) + config["activation_bytes"]  # the KV cache of one prompt is among the latter
     if exp.is_gpu:
         free_bytes, _ = torch.cuda.mem_get_info()
         if needed_bytes > free_bytes:
             raise Outcome(
                 "unsupported",
-                f"no resident reference: it needs about {needed_bytes:,} bytes on the device, have {free_bytes:,}",
+                f"no resident reference: it needs {needed_bytes:,} bytes on the device, have {free_bytes:,}",
             )
     with exp.progress.task("load the reference"):
         model = stock_model(source, exp.device)
