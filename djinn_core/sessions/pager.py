@@ -90,7 +90,7 @@ class Pager(Lineages):
         self.staging.close()
 
     def claim(self, holding: Holding, first: int, last: int, new: int) -> None:
-        """Make room for `new` tokens in layers `first` to `last` - 1; all of it is mapped, or being issued, on return.
+        """Make room for `new` tokens in layers `first` to `last` - 1: held on return, and mapped by the pass at last.
 
         Raises:
             OutOfDeviceMemory: running sessions leave no room; the session is as it was.
@@ -102,14 +102,15 @@ class Pager(Lineages):
                 table.claimed = end
                 return
         self._prune(holding)
-        job = BringIn(self, holding, range(len(table.lengths)), self._reach(table, first, last, new))
-        job.run()
-        if any(job.arrival):
+        reach = self._reach(table, first, last, new)
+        job = BringIn(self, holding, range(len(table.lengths)), reach)
+        job.begin()
+        if job.by_pass or any(job.arrival):
             holding.jobs.append(job)
         if first == 0 and last == len(table.lengths):
             with self.lock:
-                rows = min(len(row) for row in table.blocks)
                 layout = table.layout
+                rows = min(max(len(row), layout.count(n)) for row, n in zip(table.blocks, reach, strict=True))
                 table.writable_until = min(rows * layout.block_bytes // layout.token_bytes, layout.max_length)
 
     def _prune(self, holding: Holding) -> None:
@@ -132,6 +133,7 @@ class Pager(Lineages):
 
     def settle(self, holding: Holding, first: int, last: int, new: int) -> None:
         """The pass has been issued: its layers hold `new` tokens more."""
+        self._end_by_pass(holding, done=True)
         holding.pass_done.record(self.device.current_stream())
         self._begin_deferred(holding)
         with self.lock:
@@ -143,6 +145,7 @@ class Pager(Lineages):
 
     def abandon(self, holding: Holding) -> None:
         """The pass failed: no layer holds more than before it."""
+        self._end_by_pass(holding, done=False)
         holding.pass_done.record(self.device.current_stream())
         self._begin_deferred(holding)
         with self.lock:
@@ -150,6 +153,12 @@ class Pager(Lineages):
         if holding.jobs:
             holding.wait_issued()
             self._distrust(holding)
+
+    def _end_by_pass(self, holding: Holding, *, done: bool) -> None:
+        for job in [job for job in holding.jobs if job.by_pass]:
+            holding.jobs.remove(job)
+            if not job.done:
+                job.end(done=done)
 
     def _distrust(self, holding: Holding) -> None:
         """Take back what failed copies were to fill; the host has it whole."""
@@ -226,13 +235,16 @@ class Pager(Lineages):
         return job
 
     def _resume_behind(self, holding: Holding, first: int, reach: list[int]) -> BringIn:
-        """For a pass whose layers hold nothing yet: map them now, in the shadow of the boundary's copy.
+        """For a pass whose layers hold nothing yet: it maps them itself, as it comes to them.
 
         What lies before them comes when the pass has been issued, so that no thread takes the interpreter from it.
         """
         ahead = BringIn(self, holding, range(first, len(reach)), reach)
         behind = BringIn(self, holding, range(first), reach)
-        ahead.run()
+        ahead.begin()
+        self._settle_state(holding, None)
+        if ahead.by_pass:
+            holding.jobs.append(ahead)
         holding.jobs.append(behind)
         holding.deferred = behind
         return behind
@@ -297,7 +309,7 @@ class Pager(Lineages):
     def prefetch(self, holding: Holding) -> None:
         """Begin to bring a swapped session back, into free memory or at the cost of sessions expected later."""
         with self.lock:
-            if holding.state is not SessionState.SWAPPED or holding.jobs:
+            if holding.state is not SessionState.SWAPPED or holding.jobs or holding.changing:
                 return
             reach = list(holding.table.lengths)
             job = BringIn(self, holding, range(len(reach)), reach, prefetch=True)

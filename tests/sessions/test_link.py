@@ -7,6 +7,8 @@ import time
 import pytest
 import torch
 
+from djinn_core.device.faults import FaultPlan
+from djinn_core.errors import DeviceError
 from djinn_core.sessions import Session, SessionState, link
 from tests.sessions.oracle import Oracle, prompt
 from tests.sessions.rigs import LAYERS, MakeRig, Rig
@@ -167,3 +169,27 @@ def test_a_place_that_is_wanted_before_the_last_one_was_reached(slow: Rig) -> No
         session.pause()
         session.wait_until("clean", 10)
         slow.sessions.pager.evict(session._holding)
+
+
+def test_a_prefill_maps_each_layer_as_it_comes_to_it(make_rig: MakeRig, monkeypatch) -> None:
+    """The device computes one layer while the next one is mapped; a map that fails there fails the pass alone."""
+    rig = make_rig()
+    executed_then: list[int] = []
+    map_one = rig.device.map
+
+    def watched(address: int, handle: int, size_bytes: int) -> None:
+        executed_then.append(sum(rig.executed))
+        map_one(address, handle, size_bytes)
+
+    session = rig.open()
+    monkeypatch.setattr(rig.device, "map", watched)
+    rig.device.faults = FaultPlan().fail("grant", 3)
+    with pytest.raises(DeviceError):
+        session.forward(prompt())
+    assert executed_then == [0, 1, 2] and session.length == 0
+    held_bytes = rig.kv_bytes
+    assert held_bytes == session.device_bytes == 2 * session._holding.layout.block_bytes
+    rig.device.faults = None
+    logits = session.forward(prompt())
+    assert executed_then[3:] == [2 + 2, 2 + 3]  # two layers ran before the failure, and their maps stay
+    assert torch.equal(logits, Oracle(rig.stock).forward(prompt()))
