@@ -101,6 +101,8 @@ def share_axis(pair: list[Axes], *, logarithmic: bool, values: pd.Series) -> Non
             axes.xaxis.set_minor_formatter("")
         elif len(values):
             axes.set_xlim(0, 1.45 * values.max())
+        else:
+            axes.set_xticks([])
     pair[0].tick_params(axis="x", labelbottom=False)
 
 
@@ -114,6 +116,8 @@ def sweep(axes: Axes, rows: pd.DataFrame) -> None:
     axes.set_ylabel("share of the measured H2D rate")
     axes.axhline(1, color=style.INK, linewidth=0.8, linestyle=(0, (4, 2)))
     if not len(rows):
+        axes.set_xticks([])
+        axes.set_yticks([])
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=style.PALE, style="italic")
         return
     rows = rows.sort_values("chunk_bytes")
