@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from djinn_core.device.base import Device, Event
@@ -31,6 +34,7 @@ class Holding:
         queued, draining: a write-back is wanted, or under way.
         needed: someone waits for that write-back, so it may take others' clean copies from the host.
         moving: its memory is being unmapped.
+        changing: its owner gives it another lineage, or closes it; no prefetch begins.
         leaving: how many are about to unmap it, and rely on its host copies.
         reading: the boundary that the last resume copied in, and the event after which that is done.
         prefetch_failed: bringing it in early went wrong; it is not tried again before its next pause.
@@ -50,7 +54,7 @@ class Holding:
         self.arrival = [device.event() for _ in range(layout.layers)]
         self.jobs: list[BringIn] = []
         self.deferred: BringIn | None = None
-        self.queued = self.draining = self.needed = self.moving = self.release = False
+        self.queued = self.draining = self.needed = self.moving = self.release = self.changing = False
         self.leaving = 0
         self.pins = 0
         self.last_use_s = time.monotonic()
@@ -74,6 +78,18 @@ class Holding:
             finally:
                 with boundary.lock:
                     boundary.readers -= 1
+
+    @contextmanager
+    def changed(self, lock: threading.Condition) -> Iterator[None]:
+        """Nothing is brought in meanwhile. Waits until what is under way has ended."""
+        with lock:
+            self.changing = True
+        try:
+            self.wait_issued(cancel=True)
+            yield
+        finally:
+            with lock:
+                self.changing = False
 
     @property
     def being_brought(self) -> bool:
@@ -117,7 +133,11 @@ class Holding:
 
     def dirty(self, block: Block) -> bool:
         """The block would lose bytes if it were unmapped here now."""
-        return len(block.places) == 1 and block.host_valid_bytes < block.end_bytes()
+        return self.last_place(block) and block.host_valid_bytes < block.end_bytes()
+
+    def last_place(self, block: Block) -> bool:
+        """Nobody else keeps it on the device. Two that share it may be leaving at once: each must see to it then."""
+        return all(place is self or place.moving or place.leaving for place in block.places)
 
     def is_clean(self) -> bool:
         return not any(self.dirty(block) for block in self.mapped.values())

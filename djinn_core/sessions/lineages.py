@@ -23,7 +23,12 @@ class Lineages(Room):
 
     def close_session(self, holding: Holding) -> None:
         """Give up everything that only this session holds. Waits for its transfers to end."""
-        holding.wait_issued(cancel=True)
+        with holding.changed(self.lock):
+            self._close(holding)
+        holding.region.close()
+        self.log(holding, "close")
+
+    def _close(self, holding: Holding) -> None:
         with self.lock:
             transition(holding.id, holding.state, SessionState.CLOSED, "be closed")
             self.lock.wait_for(lambda: not (holding.draining or holding.moving or holding.pins))
@@ -46,8 +51,6 @@ class Lineages(Room):
             holding.moving = False
             holding.go(SessionState.CLOSED, "be closed")
             self.lock.notify_all()
-        holding.region.close()
-        self.log(holding, "close")
 
     def _take_all(self, holding: Holding) -> None:
         """Unmap all that a closing session has mapped, after saving what others still want of it."""
@@ -56,20 +59,23 @@ class Lineages(Room):
             holding.done_reading()
         except DeviceError as error:
             self.log(holding, f"lost copy ({error})")
-        with self.lock:
-            shared = [b for b in holding.mapped.values() if len(b.places) == 1 and self._wanted_by_others(holding, b)]
         with self.leaving(holding):
+            with self.lock:
+                shared = [b for b in holding.mapped.values() if self._wanted_by_others(holding, b)]
             if shared:
                 write_back_of_closing(self, holding, shared)
             self._unmap(holding, list(holding.mapped.values()))
 
     def _wanted_by_others(self, holding: Holding, block: Block) -> bool:
         own = {id(holding.table), *(id(c.table) for c in holding.checkpoints)}
-        return any(id(table) not in own for table in block.holders) and block.host_valid_bytes < block.end_bytes()
+        return any(id(table) not in own for table in block.holders) and holding.dirty(block)
 
     def adopt(self, holding: Holding, checkpoint: Checkpoint) -> None:
         """The lineage becomes the checkpoint's. Blocks that only others still want are written back and unmapped."""
-        holding.wait_issued(cancel=True)
+        with holding.changed(self.lock):
+            self._adopt(holding, checkpoint)
+
+    def _adopt(self, holding: Holding, checkpoint: Checkpoint) -> None:
         with self.lock:
             self.lock.wait_for(lambda: not holding.moving)
             keep = {
@@ -89,10 +95,10 @@ class Lineages(Room):
 
     def displace(self, holding: Holding, blocks: list[Block]) -> None:
         """Unmap `blocks` here; before the last place of one goes, the host has all that its holders can see."""
-        with self.lock:
-            own = holding.table
-            kept = [b for b in blocks if len(b.places) == 1 and any(table is not own for table in b.holders)]
         with self.leaving(holding):
+            with self.lock:
+                own = holding.table
+                kept = [b for b in blocks if holding.last_place(b) and any(table is not own for table in b.holders)]
             if kept:
                 write_back(self, holding, kept)
             with self.lock:

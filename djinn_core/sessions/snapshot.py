@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from djinn_core.errors import DjinnError, IntegrityError, UsageError
-from djinn_core.sessions.blocks import Block, BlockTable
+from djinn_core.errors import DjinnError, IntegrityError, OutOfHostMemory, UsageError
+from djinn_core.sessions.blocks import Block, BlockTable, Stored
 from djinn_core.sessions.checkpoint import Boundary, Checkpoint, PassInputs, Story
 from djinn_core.sessions.edits import Recorded
 from djinn_core.sessions.state import SessionState
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "djinn-session", 1
 TENSORS, MEANING = "state.safetensors", "session.json"
+HOLD_TRIES = 100  # each is a write-back, a read from disk, or a moment's wait
+POLL_S = 0.02
 STORY = ("mask", "logits", "pending", "unfinished", "rng")
 LAYOUT = ("layers", "batch_size", "max_length", "kv_heads", "head_dim")
 
@@ -61,21 +64,57 @@ def model_digest(model: PreTrainedModel) -> str:
 
 
 class _Collector:
-    """Gives every tensor of a session a name, once."""
+    """Gives every tensor of a session a name, once. Until `close` the host keeps what the tensors lie on."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self.tensors: dict[str, torch.Tensor] = {}
+        self._tables = [session._holding.table, *(point.table for point in session.checkpoints)]
         self._blocks: dict[Block, str] = {}
+        self._held: list[Stored] = []
 
     def block(self, block: Block) -> str:
         if block not in self._blocks:
             name = f"block.{len(self._blocks)}.layer{block.layer}"
-            end = block.end_bytes()
-            self.session._pager.tiers.fetch(block, self.session.id)
+            end = max(table.end_bytes(block) for table in self._tables if table in block.holders)
+            if end:
+                self._hold(block, end)
             self._blocks[block] = name
             self.tensors[name] = block.host.tensor[:end] if end else torch.empty(0, dtype=torch.uint8)
         return self._blocks[block]
+
+    def _hold(self, stored: Stored, end: int) -> None:
+        """Have `end` bytes of it whole on the host, and kept there. Others may take the host's room at any moment."""
+        pager = self.session._pager
+        for _ in range(HOLD_TRIES):
+            with pager.lock, stored.lock:
+                written = isinstance(stored, Boundary) and not stored.settled  # whoever reads it waits for its event
+                if stored.host is not None and (stored.host_valid_bytes >= end or written):
+                    stored.readers += 1
+                    self._held.append(stored)
+                    return
+                place = next(iter(stored.places), None) if isinstance(stored, Block) else None
+            if stored.disk_valid_bytes >= end:
+                pager.tiers.fetch(stored, self.session.id)
+            elif place is not None:
+                write_back(pager, place, [stored])
+            else:
+                time.sleep(POLL_S)  # it is on its way from one tier to another
+        raise OutOfHostMemory(
+            f"session {self.session.id} cannot be saved: other sessions take its room on the host as fast as it is "
+            "made; nothing was written, try again, or raise host_bytes",
+            needed_bytes=stored.size_bytes,
+            free_bytes=pager.tiers.host.free_bytes,
+        )
+
+    def close(self) -> None:
+        """The host may give up what was held."""
+        with self.session._pager.lock:
+            for stored in self._held:
+                with stored.lock:
+                    stored.readers -= 1
+            self._held.clear()
+            self.session._pager.lock.notify_all()
 
     def table(self, table: BlockTable) -> dict[str, Any]:
         rows = [row[: table.layout.count(n)] for row, n in zip(table.blocks, table.lengths, strict=True)]
@@ -99,7 +138,7 @@ class _Collector:
             "table": self.table(point.table),
         }
         if point.boundary is not None:
-            self.session._pager.tiers.fetch(point.boundary, self.session.id)
+            self._hold(point.boundary, point.boundary.size_bytes)
             meaning["boundary"] = self._add(f"{prefix}.boundary", point.boundary.tensor())
             for field in ("ids", "mask", "positions"):
                 meaning[f"inputs_{field}"] = self._add(f"{prefix}.inputs.{field}", getattr(point.inputs, field))
@@ -127,8 +166,8 @@ def save_session(session: Session, folder: str | Path) -> None:
     write_back(session._pager, holding, list(holding.mapped.values()))
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
+    collector = _Collector(session)
     try:
-        collector = _Collector(session)
         meaning = _meaning(session, collector)
         meaning["tensors_blake2b"] = write_tensors(partial / TENSORS, collector.tensors)
         _write_json(partial / MEANING, meaning)
@@ -137,6 +176,8 @@ def save_session(session: Session, folder: str | Path) -> None:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        collector.close()
 
 
 def _meaning(session: Session, collector: _Collector) -> dict[str, Any]:
@@ -207,7 +248,7 @@ class _Loader:
             for layer, row in enumerate(meaning["blocks"])
         ]
         table.assign(meaning["lengths"], rows)
-        short = [block for block in table if block.host_valid_bytes < table.end_bytes(block)]
+        short = [block for block in table if block.stored_bytes < table.end_bytes(block)]  # others may spill it already
         if short or [len(row) for row in table.blocks] != [table.layout.count(n) for n in table.lengths]:
             raise IntegrityError(f"{self.file.path} holds fewer bytes of KV than its lengths say")
 

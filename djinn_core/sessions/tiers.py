@@ -2,11 +2,12 @@
 
 Invariant: the host copy of anything is given up only after the disk copy that replaces it is complete with its checksum
 (two phases), or while the device holds the same bytes and nobody is about to take them from there. Room is made in this
-order: host copies that a running session's device memory repeats cost nothing to drop; then sessions that are off the
-device go to disk, the one expected last first. Who must have room (a resume, an eviction) and still has none takes the
-host copies of paused sessions that are on the device, the one expected soonest first: they are dirty again, and would
-be written back before they leave. A write-back that nobody waits for does not go that far, or two of them could take
-the room from each other for ever. When no room can be made, the caller gets the numbers.
+order: host copies that a running session's device memory repeats cost nothing to drop; then what is off the device goes
+to disk: sessions, the one expected last first, and then the checkpoints of those that are on it. Who must have room (a
+resume, an eviction) and still has none takes the host copies of paused sessions that are on the device, the one
+expected soonest first: they are dirty again, and would be written back before they leave. A write-back that nobody
+waits for does not go that far, or two of them could take the room from each other for ever. When no room can be made,
+the caller gets the numbers.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Tiers:
         self._pager = pager
         self.host = host
         self.disk = disk
+        self._fetching: set[Stored] = set()
 
     @property
     def disk_free_bytes(self) -> int:
@@ -80,8 +82,20 @@ class Tiers:
             IntegrityError: the disk returned other bytes than were written; they are lost.
             CapacityError: no room on the host; the disk copy is as it was.
         """
-        if stored.disk is None or stored.host_valid_bytes >= stored.disk_valid_bytes:
-            return
+        lock = self._pager.lock
+        with lock:  # sessions that share it may want it at once
+            lock.wait_for(lambda: stored not in self._fetching)
+            if stored.disk is None or stored.host_valid_bytes >= stored.disk_valid_bytes:
+                return
+            self._fetching.add(stored)
+        try:
+            self._read_back(stored, owner)
+        finally:
+            with lock:
+                self._fetching.discard(stored)
+                lock.notify_all()
+
+    def _read_back(self, stored: Stored, owner: str) -> None:
         block = self.allocate(stored.size_bytes, owner)
         begun_s = time.perf_counter()
         try:
@@ -184,10 +198,11 @@ class Tiers:
             return True
 
     def _away(self) -> list[Holding]:
-        """Sessions off the device, the one expected last first."""
+        """Sessions off the device, the one expected last first; then the others, whose checkpoints may be off it."""
         with self._pager.lock:
             away = [h for h in self._pager.holdings.values() if h.state is SessionState.SWAPPED and not h.jobs]
-        return sorted(away, key=_expected_s, reverse=True)
+            others = [h for h in self._pager.holdings.values() if h.checkpoints and h not in away]
+        return [*sorted(away, key=_expected_s, reverse=True), *sorted(others, key=_expected_s, reverse=True)]
 
     def _stored_of(self, holding: Holding) -> Iterator[Stored]:
         with self._pager.lock:

@@ -63,7 +63,7 @@ def write_back(
     full: CapacityError | None = None
     copied = 0
     try:
-        _claim(room, blocks, todo)
+        _claim(room, holding, blocks, todo)
         if todo:
             begun, done = room.device.event(timing=True), room.device.event(timing=True)
             _wait_for_bytes(room, todo)
@@ -98,13 +98,13 @@ def _wait_idle(room: Room, holding: Holding) -> None:
         holding.draining = True
 
 
-def _claim(room: Room, blocks: Iterable[Block], todo: list[Copy]) -> None:
+def _claim(room: Room, holding: Holding, blocks: Iterable[Block], todo: list[Copy]) -> None:
     with room.lock:
         wanted = list(blocks)
         room.lock.wait_for(lambda: not any(block.copying_bytes for block in wanted))  # a sibling's write-back
         for block in wanted:
             end = block.end_bytes()
-            if block.places and block.host_valid_bytes < end:
+            if holding in block.places and block.host_valid_bytes < end:  # it may have left this region meanwhile
                 block.copying_bytes = end
                 todo.append(Copy(block, block.host_valid_bytes, end, block.epoch))
 
