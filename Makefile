@@ -1,5 +1,6 @@
 # make reproduce   set-up, then every experiment, figure and claim of the preset that fits this machine
 # make test        set-up, then the whole test suite
+# make soak        random operations for SOAK_S seconds (300), with a new seed that is printed (SEED=N repeats one)
 # make lint        style of the code and of the rules
 # make clean       removes what the pipeline and the tests made; .venv and results/published stay
 #
@@ -22,7 +23,7 @@ ASYNC_IO := $(VENV)/.async_io-$(call digest,envs/requirements.txt)
 # DeepSpeed's build imports these, so they are there before it.
 BUILD_NEEDS := ^(torch|setuptools|numpy|psutil|py-cpuinfo|packaging)==
 
-.PHONY: help setup reproduce test lint clean
+.PHONY: help setup reproduce test soak lint clean
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
@@ -53,6 +54,10 @@ reproduce: setup
 
 test: setup
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal
+
+SOAK_S ?= 300
+soak: setup
+	OMP_NUM_THREADS=1 python -m pytest -m long --long $(SOAK_S) $(if $(SEED),--seed $(SEED))
 
 lint: setup
 	ruff check .

@@ -4,6 +4,9 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import random
+from dataclasses import dataclass
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -20,6 +23,48 @@ CPU_CAPACITY_BYTES = 64 << 20
 DEVICES = ["cpu"]
 if torch.cuda.is_available():
     DEVICES.append(pytest.param("cuda:0", marks=pytest.mark.gpu))
+
+
+SHORT_S = 4.0  # a long test's time when none was asked for, and its seed is 0
+
+
+@dataclass(frozen=True)
+class Long:
+    """How long a long test goes on, and the seed of all that it draws."""
+
+    seconds: float
+    seed: int
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("djinn")
+    group.addoption("--long", type=float, metavar="S", help="seconds that the tests of random operations go on")
+    group.addoption("--seed", type=int, metavar="N", help="their seed; with --long it is drawn when it is not given")
+
+
+def pytest_configure(config):
+    seconds, seed = config.getoption("long"), config.getoption("seed")
+    if seed is None:
+        seed = random.SystemRandom().randrange(1 << 32) if seconds else 0
+        config.option.seed = seed  # pytest-xdist's workers get the same
+    config.long = Long(seconds or SHORT_S, seed)
+
+
+def pytest_report_header(config):
+    return f"long tests: --long {config.long.seconds:g} --seed {config.long.seed}"
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.timeout(config.long.seconds + 300))
+
+
+@pytest.fixture
+def long(request):
+    """The `Long` of this run; it is printed in the header, and with a failure."""
+    print(f"repeat with --long {request.config.long.seconds:g} --seed {request.config.long.seed}")
+    return request.config.long
 
 
 @pytest.fixture

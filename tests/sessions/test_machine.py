@@ -4,52 +4,28 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from dataclasses import dataclass
-from functools import cache
+import time
+from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from djinn_core.sessions import Scale, Session, SessionState
+from djinn_core.sessions import SessionState
 from djinn_core.sessions.snapshot import load_session
-from tests.sessions.oracle import Oracle
-from tests.sessions.rigs import LAYERS, make_rig, stock_model
+from tests.sessions.lives import HALF, SESSION_BYTES, Life, replay
+from tests.sessions.rigs import LAYERS, make_rig
 
-Pass = tuple[tuple[int, ...], int]  # ids, and the layer after which the hidden states are halved (0: none)
-SESSION_BYTES = 4 * 64 << 10
-HALF = Scale(0.5)
-
-
-@cache
-def replay(passes: tuple[Pass, ...]) -> torch.Tensor:
-    """The stock model's logits after these passes."""
-    model = stock_model("llama", torch.float32)
-    oracle = Oracle(model)
-    for ids, layer in passes:
-        handle = None
-        if layer:
-            handle = model.model.layers[layer - 1].register_forward_hook(lambda module, args, out: out * 0.5)
-        logits = oracle.forward(torch.tensor([ids]))
-        if handle is not None:
-            handle.remove()
-    return logits
-
-
-@dataclass
-class Life:
-    """A session, and what it should know."""
-
-    session: Session
-    passes: tuple[Pass, ...]
-    stopped: tuple[tuple[int, ...], int] | None  # ids and layer of a stopped pass
-    points: dict[str, tuple[tuple[Pass, ...], tuple[tuple[int, ...], int] | None]]
-
+if TYPE_CHECKING:
+    from tests.conftest import Long
 
 IDS = st.lists(st.integers(3, 127), min_size=1, max_size=5).map(tuple)
 WHICH = st.integers(0, 3)
+HINT = st.sampled_from([None, None, 0.0, 0.02, 5.0])  # seconds until it is expected back
 
 
 class Lives(RuleBasedStateMachine):
@@ -81,13 +57,7 @@ class Lives(RuleBasedStateMachine):
         return life
 
     def wake(self, life: Life, edit: bool) -> None:
-        out = life.session.resume(edits=[HALF] if edit and life.stopped else [])
-        if life.stopped:
-            ids, layer = life.stopped
-            life.passes, life.stopped = (*life.passes, (ids, layer if edit else 0)), None
-            assert torch.equal(out, replay(life.passes))
-        else:
-            assert out is None
+        life.resumed(life.session.resume(edits=[HALF] if edit and life.stopped else []), edit)
 
     @precondition(lambda self: len(self.lives) < 4)
     @rule()
@@ -114,19 +84,23 @@ class Lives(RuleBasedStateMachine):
                 life.session.pause(release=release)
 
     @precondition(lambda self: self.lives)
-    @rule(which=WHICH, release=st.booleans())
-    def pause(self, which: int, release: bool) -> None:
+    @rule(which=WHICH, release=st.booleans(), hint=HINT)
+    def pause(self, which: int, release: bool, hint: float | None) -> None:
         life = self.pick(which)
         if life.session.state is SessionState.RUNNING:
-            life.session.pause(release=release)
+            life.session.pause(release=release, expected_resume_s=hint)
+
+    @precondition(lambda self: self.lives)
+    @rule(which=WHICH)
+    def prefetch(self, which: int) -> None:
+        self.pick(which).session.prefetch()
 
     @precondition(lambda self: self.lives)
     @rule(which=WHICH)
     def evict(self, which: int) -> None:
         life = self.pick(which)
         if life.session.state is SessionState.PAUSED:
-            self.rig.sessions.pager.evict(life.session._holding)
-            life.session.wait_until("released", 20)
+            assert self.rig.sessions.pager.evict(life.session._holding)  # a hint may bring it back at once
 
     @precondition(lambda self: self.lives)
     @rule(which=WHICH, edit=st.booleans())
@@ -154,11 +128,7 @@ class Lives(RuleBasedStateMachine):
             name = sorted(life.points)[number % len(life.points)]
             life.passes, life.stopped = life.points[name]
             point = next(p for p in life.session.checkpoints if p.id == name)
-            out = life.session.resume(point, edits=[HALF] if edit and life.stopped else [])
-            if life.stopped:
-                ids, layer = life.stopped
-                life.passes, life.stopped = (*life.passes, (ids, layer if edit else 0)), None
-                assert torch.equal(out, replay(life.passes))
+            life.resumed(life.session.resume(point, edits=[HALF] if edit and life.stopped else []), edit)
 
     @precondition(lambda self: self.lives and len(self.lives) < 4)
     @rule(which=WHICH)
@@ -175,9 +145,8 @@ class Lives(RuleBasedStateMachine):
         old = [point.id for point in life.session.checkpoints]
         life.session.save(folder)
         life.session.close()
-        life.session = load_session(folder, self.rig.served, self.rig.sessions)
-        renamed = {before: after.id for before, after in zip(old, life.session.checkpoints, strict=True)}
-        life.points = {renamed[name]: what for name, what in life.points.items()}
+        life.reloaded(load_session(folder, self.rig.served, self.rig.sessions), old)
+        shutil.rmtree(folder)
 
     @precondition(lambda self: self.lives)
     @rule(which=WHICH)
@@ -196,7 +165,19 @@ class Lives(RuleBasedStateMachine):
                 assert life.session.device_bytes == 0 or life.session._holding.jobs
 
 
-Lives.TestCase.settings = settings(
+SETTINGS = settings(
     max_examples=12, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
+Lives.TestCase.settings = SETTINGS
 TestLives = Lives.TestCase
+
+
+@pytest.mark.long
+def test_long_lives(long: Long) -> None:
+    """Random lives of a hundred steps each, for half of the time that was asked for."""
+    end_s = time.monotonic() + long.seconds / 2
+    longer = settings(SETTINGS, max_examples=5, stateful_step_count=100, derandomize=False, database=None)
+    for number in count(long.seed):
+        run_state_machine_as_test(seed(number)(Lives), settings=longer)
+        if time.monotonic() > end_s:
+            return
