@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from workflow.lib.children import child
@@ -44,6 +48,65 @@ def test_a_killed_pipeline_is_taken_up_again(tmp_path: Path) -> None:
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "done").exists()
+
+
+def at_work(folder: Path, words: str = "") -> list[int]:
+    """Processes that live in `folder`, with `words` in their command line."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            if entry.name.isdigit() and words in line and (entry / "cwd").resolve() == folder.resolve():
+                found.append(int(entry.name))
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+def wait_for(reached: Callable[[], object], timeout_s: float = 60) -> None:
+    end_s = time.monotonic() + timeout_s
+    while not reached():
+        assert time.monotonic() < end_s
+        time.sleep(0.05)
+
+
+def test_the_real_pipeline_is_taken_up_again(tmp_path: Path) -> None:
+    """The certificate's rule, killed twice: with all of Snakemake, and alone. Then it runs to its end."""
+    for name in ("workflow", "config", "profiles", "envs", "djinn_core"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "Snakefile", tmp_path)
+    certificate = tmp_path / "results" / "cpu" / "certificate.json"
+    command = [sys.executable, "-m", "snakemake", "--config", "run=cpu", "--", "results/cpu/certificate.json"]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(tmp_path), "PATH": path}, "text": True}
+    options |= {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    certify, log = "-m workflow.scripts.certify", certificate.parent / "logs" / "certify.log"
+
+    with child(command, **options) as whole:
+        wait_for(log.exists)
+        time.sleep(0.2)
+        os.kill(whole.pid, signal.SIGKILL)
+        whole.wait()
+        wait_for(lambda: not at_work(tmp_path), 10)
+    assert list((tmp_path / ".snakemake" / "locks").iterdir())
+    assert results_in(tmp_path) == []
+    log.unlink()
+
+    with child(command, **options) as second:  # the lock of the dead one does not stop it
+        wait_for(log.exists)
+        for pid in at_work(tmp_path, certify):
+            os.kill(pid, signal.SIGKILL)
+        assert second.wait(30) != 0
+    assert results_in(tmp_path) == [] and at_work(tmp_path) == []
+
+    assert subprocess.run(command, timeout=60, check=False, **options).returncode == 0
+    assert json.loads(certificate.read_text())
+    assert results_in(tmp_path) == [certificate]
+
+
+def results_in(folder: Path) -> list[Path]:
+    """What lies among the results, logs left out."""
+    return [path for path in (folder / "results").rglob("*") if path.is_file() and path.parent.name != "logs"]
 
 
 def test_without_a_lock_nothing_is_removed(tmp_path: Path) -> None:
