@@ -22,7 +22,7 @@ class HostMapping:
     """`size_bytes` of host memory (rounded up to pages): mapped, faulted in by `threads`, registered.
 
     Registered in pieces of at most 32 GiB that end at `cuts`. With `optional`, memory that cannot be page-locked stays
-    pageable, and `pinned` is False.
+    pageable, and `pinned` is False. A child process does not get it.
 
     Raises:
         OutOfHostMemory: the operating system has no room.
@@ -48,6 +48,8 @@ class HostMapping:
             raise
 
     def _fault_in(self, threads: int) -> None:
+        # a fork would copy every page-locked page: twice the memory, and half a minute for a large tier
+        libc.advise(self.address, self.size_bytes, libc.MADV_DONTFORK)
         with contextlib.suppress(OSError):  # a kernel without huge pages: the same memory in small ones
             libc.advise(self.address, self.size_bytes, libc.MADV_HUGEPAGE)
 

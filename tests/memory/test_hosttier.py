@@ -2,6 +2,7 @@
 
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -251,3 +252,27 @@ def test_preparing_more_than_the_budget_ends_with_the_numbers(cpu_device):
     assert refused.value.needed_bytes == 4096
     assert tier.pinned_bytes == 16 * unit
     tier.close()
+
+
+def flags_of(address: int) -> list[str]:
+    """The kernel's flags of the mapping that `address` lies in."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split(" ", 1)[0]
+        if "-" in head and not head.endswith(":"):
+            start, end = (int(word, 16) for word in head.split("-"))
+            inside = start <= address < end
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError(f"nothing is mapped at {address:#x}")
+
+
+def test_a_child_process_does_not_copy_it(make_tier):
+    """A fork copies pages that are locked for a device, all of them, so these are left out of it ("dc")."""
+    tier = make_tier()
+    exact, slab = tier.allocate_exact(2 * MIB, "weights"), tier.allocate(UNIT, "session")
+    assert "dc" in flags_of(exact.address) and "dc" in flags_of(slab.address)
+    plain = torch.ones(2 * MIB, dtype=torch.uint8)
+    assert "dc" not in flags_of(plain.data_ptr())
+    exact.free()
+    slab.free()

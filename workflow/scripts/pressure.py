@@ -8,8 +8,10 @@ file and compare every token. Djinn runs under the cap and, as the ideal, withou
 
 from __future__ import annotations
 
+import logging
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -33,14 +35,18 @@ from workflow.scripts.resume_methods.manual_offload import (
 )
 
 SYSTEMS = ("reference", "eager", "manual_offload", "djinn", "djinn_uncapped")
+STOCK_ALLOCATOR = "expandable_segments:True"  # stock caches grow by a token: without this a quarter of the cap is holes
 
 
 def main() -> None:
     args = harness.arguments("pressure", systems=SYSTEMS)
+    if args.system not in ("djinn", "djinn_uncapped"):
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", STOCK_ALLOCATOR)  # read when torch first allocates
     with harness.experiment(args, experiment="pressure", system=args.system) as exp, torch.inference_mode():
         if args.system in ("djinn", "djinn_uncapped"):
             served_run.run(exp, capped=args.system == "djinn", wanted=wanted_tokens(exp))
         else:
+            exp.config["torch_allocator"] = os.environ["PYTORCH_CUDA_ALLOC_CONF"]
             run_stock(exp, args.system)
 
 
@@ -149,13 +155,22 @@ def run_seed(
     exp.result.sample("completed_sessions", len(complete), "sessions", **dims)
     if stopped is None:
         exp.result.sample("total_s", total_s, "s", **dims)
-    equal = all(t.tokens == wanted[t.number][: len(t.tokens)] for t in tenants)
-    exp.result.check(f"tokens_equal_{method}_seed_{seed}", equal)
+    check_tokens(exp, f"tokens_equal_{method}_seed_{seed}", tenants, wanted, whole=stopped is None)
     for tenant in tenants:
         tenant.close()
     tenants.clear()
     if stopped is not None:
         raise harness.Outcome("out_of_memory", f"{method}: session {len(complete) + 1}: {str(stopped).splitlines()[0]}")
+
+
+def check_tokens(
+    exp: harness.Experiment, name: str, tenants: Sequence[Tenant], wanted: list[list[int]], *, whole: bool = True
+) -> None:
+    """The tokens equal the reference's, all of them or (not `whole`) those said so far; the log names who differs."""
+    wrong = [t.number for t in tenants if t.tokens != wanted[t.number][: None if whole else len(t.tokens)]]
+    if wrong:
+        logging.getLogger("djinn.experiment").warning("%s: other tokens in sessions %s", name, wrong)
+    exp.result.check(name, not wrong)
 
 
 def take_rounds(

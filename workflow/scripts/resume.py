@@ -251,7 +251,12 @@ def check_tokens(exp: harness.Experiment, bench: Bench) -> None:
         for trial in range(exp.config["token_trials"]):
             prompt = seeded_prompt(bench, exp.config["prompt_tokens"], seed=100 + trial)
             wanted = bench.stock.generate(
-                prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
+                prompt,
+                attention_mask=torch.ones_like(prompt),  # else `generate` takes some token of it for padding
+                max_new_tokens=count,
+                min_new_tokens=count,
+                do_sample=False,
+                pad_token_id=0,
             )[:, prompt.shape[1] :]
             session = djinn.open_session(bench.served, max_length=bench.max_length)
             session.forward(prompt, stop_after=round(share * bench.depth))

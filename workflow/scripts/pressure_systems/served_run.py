@@ -85,7 +85,7 @@ def run_seed(
     complete = sum(tenant.tokens == wanted[tenant.number] for tenant in tenants)
     exp.result.sample("completed_sessions", complete, "sessions", **dims)
     exp.result.sample("sessions_at_cap", len(tenants), "sessions", **dims)
-    exp.result.check(f"tokens_equal_seed_{seed}", complete == workload.sessions)
+    pressure.check_tokens(exp, f"tokens_equal_seed_{seed}", tenants, wanted)
     swaps.record(exp, events, origin, dims)
     if capped:
         check_cap(exp, trace, seed)
@@ -244,5 +244,5 @@ def think(
     logging.getLogger("djinn.experiment").info(
         "%s: %.1f %% of resumes found their state resident", variant, 100 * share
     )
-    exp.result.check(f"tokens_equal_{variant}", all(t.tokens == wanted[t.number] for t in tenants))
+    pressure.check_tokens(exp, f"tokens_equal_{variant}", tenants, wanted)
     close_all(tenants)

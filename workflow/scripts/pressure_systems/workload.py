@@ -90,11 +90,16 @@ class Tenant(ABC):
 
 
 def reference_tokens(model: PreTrainedModel, workload: Workload, session: int) -> list[int]:
-    """What an unpaused stock model says to a session's prompt, with its stock cache."""
-    prompt = workload.prompt(session, model)
-    count = 1 + workload.turn_tokens * workload.rounds
-    out = model.generate(prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
-    return out[0, prompt.shape[1] :].tolist()
+    """What an unpaused stock model says to a session's prompt, with its stock cache.
+
+    Not by `generate`: it takes a token of the prompt for padding, and never chooses the end of the text.
+    """
+    ids, cache, tokens = workload.prompt(session, model), None, []
+    for _ in range(1 + workload.turn_tokens * workload.rounds):
+        out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        ids, cache = out.logits[:, -1].argmax(dim=-1, keepdim=True), out.past_key_values
+        tokens.append(int(ids))
+    return tokens
 
 
 def run_turns(tenants: list[Tenant], order: list[int], callers: int, done: Callable[[Tenant, TurnTimes], None]) -> None:
