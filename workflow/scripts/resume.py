@@ -212,7 +212,7 @@ def measure_drain(exp: harness.Experiment, bench: Bench, method: Method, prompt:
             method.drain(handle)
             drained_s = time.perf_counter()
             dims = {"layer": layer, "method": method.name, "state": state}
-            size_bytes, warmup = method.state_bytes(handle), repeat == 0
+            size_bytes, warmup = method.drained_bytes(handle), repeat == 0
             method.close(handle)
             exp.result.sample("pause_ms", (paused_s - begin_s) * 1e3, "ms", warmup=warmup, **dims)
             exp.result.sample("drain_ms", (drained_s - begin_s) * 1e3, "ms", warmup=warmup, **dims)

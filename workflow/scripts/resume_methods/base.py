@@ -176,3 +176,7 @@ class Method(ABC):
     @abstractmethod
     def state_bytes(self, handle: Any) -> int:
         """The bytes that a resume has to bring back."""
+
+    def drained_bytes(self, handle: Any) -> int:
+        """The bytes that the last `pause` and `drain` had to move."""
+        return self.state_bytes(handle)

@@ -25,6 +25,7 @@ class Djinn(Method):
 
     name = "djinn"
     _executed = 0  # layers that had run before the next resume
+    _out_bytes = 0  # copied to the host before the last pause
 
     def run_to(self, input_ids: torch.Tensor, layer: int, state: str) -> Handle:
         # user-code begin
@@ -41,6 +42,7 @@ class Djinn(Method):
         return Handle(session, session.checkpoint())
 
     def pause(self, handle: Handle) -> None:
+        self._out_bytes = self.bench.device.copied.d2h_bytes
         # user-code begin
         handle.session.pause(release=True)
         # user-code end
@@ -72,3 +74,7 @@ class Djinn(Method):
 
     def state_bytes(self, handle: Handle) -> int:
         return handle.checkpoint.state_bytes
+
+    def drained_bytes(self, handle: Handle) -> int:
+        """Counted at the copies: the boundary went out when the pass stopped, so only the KV cache is left to move."""
+        return self.bench.device.copied.d2h_bytes - self._out_bytes
