@@ -48,8 +48,10 @@ class HostMapping:
             raise
 
     def _fault_in(self, threads: int) -> None:
-        # a fork would copy every page-locked page: twice the memory, and half a minute for a large tier
-        libc.advise(self.address, self.size_bytes, libc.MADV_DONTFORK)
+        try:  # a fork would copy every page-locked page: twice the memory, and half a minute for a large tier
+            libc.advise(self.address, self.size_bytes, libc.MADV_DONTFORK)
+        except OSError as error:
+            raise self._no_pages(error) from error
         with contextlib.suppress(OSError):  # a kernel without huge pages: the same memory in small ones
             libc.advise(self.address, self.size_bytes, libc.MADV_HUGEPAGE)
 
@@ -61,11 +63,7 @@ class HostMapping:
                 if error.errno == errno.EINVAL:  # before Linux 5.14; writing to it does the same
                     libc.fill_bytes(self.address + start, 0, size_bytes)
                 else:
-                    raise OutOfHostMemory(
-                        f"the operating system has no pages left: {error}",
-                        needed_bytes=self.size_bytes,
-                        free_bytes=available_bytes(),
-                    ) from error
+                    raise self._no_pages(error) from error
 
         starts = range(0, self.size_bytes, FAULT_BYTES)
         if len(starts) == 1:
@@ -74,6 +72,13 @@ class HostMapping:
         with ThreadPoolExecutor(min(threads, len(starts)), "djinn-fault") as workers:
             for _ in workers.map(fault, starts):
                 pass
+
+    def _no_pages(self, error: OSError) -> OutOfHostMemory:
+        return OutOfHostMemory(
+            f"the operating system has no pages left: {error}",
+            needed_bytes=self.size_bytes,
+            free_bytes=available_bytes(),
+        )
 
     def _register(self, pieces: list[tuple[int, int]], optional: bool) -> bool:
         try:

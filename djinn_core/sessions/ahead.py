@@ -1,9 +1,10 @@
-"""Looking ahead: sessions that are wanted soon come back, and room is kept for the one that comes next.
+"""Looking ahead: sessions that are wanted soon come back, and room is kept for those that come next.
 
-While some session is off the device, as much is kept free as the largest of them needs, so that a resume finds extents
-instead of waiting for evictions. It is made only by unmapping clean sessions that are not expected before those that
-are off, and not by the time a prefetch of them would be due again. Nothing is evicted while everyone fits, and since
-whole sessions leave, and come back only when someone wants them, nobody goes back and forth.
+While some session is off the device, as much is kept free as one of them needs for each session that runs now (who
+runs is about to pause, and to resume another), so that a resume finds extents instead of waiting for evictions. It is
+made only by unmapping clean sessions that are not expected before those that are off, and not by the time a prefetch of
+them would be due again. Nothing is evicted while everyone fits, and since whole sessions leave, and come back only when
+someone wants them, nobody goes back and forth.
 """
 
 from __future__ import annotations
@@ -60,10 +61,13 @@ def _copy_s(holding: Holding) -> float:
 
 
 def keep_room(pager: Pager) -> None:
-    """Keep one session's worth of extents free while some session is off the device."""
+    """Keep extents free for the sessions off the device that may be wanted next: one for each that runs now."""
     with pager.lock:
         away = [h for h in pager.holdings.values() if h.state is SessionState.SWAPPED]
-        wanted_bytes = max((_missing_bytes(h) for h in away), default=0)
+        if not away:
+            return
+        running = sum(h.state in (SessionState.RUNNING, SessionState.RESUMING) for h in pager.holdings.values())
+        wanted_bytes = sum(sorted((_missing_bytes(h) for h in away), reverse=True)[: max(1, running)])
         if pager.pool.free_bytes >= wanted_bytes:
             return
         soonest_s = min((h.expected_resume_s for h in away if h.expected_resume_s is not None), default=0.0)

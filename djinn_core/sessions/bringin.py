@@ -86,6 +86,7 @@ class BringIn:
         self.begun_s = self.ended_s = 0.0
         self._expected_s = holding.expected_resume_s or time.monotonic()
         self._steps: dict[int, list[Step]] = {}
+        self._last: Event | None = None  # behind the last copies
         self._left = deque(order)
 
     @property
@@ -196,8 +197,6 @@ class BringIn:
     def step(self) -> tuple[Event | None, int]:
         """Map and copy the next layer; the event behind its copies, and their bytes."""
         stream, before = self._pager.h2d, self.bytes
-        if len(self._left) == len(self.order):
-            self.begun.record(stream)
         layer = self._left[0]
         row = self._steps[layer]
         if row:
@@ -229,7 +228,7 @@ class BringIn:
         self.ended_s = time.perf_counter()
         try:
             if error is None and any(self.arrival):
-                copies = (self.begun, self.restored)
+                copies = (self.begun, self._last)
                 self._pager.log(self.holding, "swap_in", self.bytes, self.ended_s - self.begun_s, copies)
             self._pager.ended(self)
         except BaseException as failure:  # noqa: BLE001 - as above
@@ -358,6 +357,8 @@ class BringIn:
         pager, holding, region = self._pager, self.holding, self.holding.region
         region.map([(step.block.offset, step.extent or step.block.device) for step in row])
         arrival = None
+        if not any(self.arrival):
+            self.begun.record(stream)
         try:
             copied = sum([self._fill(step, stream) for step in row])
             shared = [step for step in row if step.extent is None and step.block.ready is not None]
@@ -374,7 +375,7 @@ class BringIn:
             region.unmap([step.block.offset for step in row])
             raise
         if arrival is not None:
-            self.arrival[layer] = holding.arrival[layer] = arrival
+            self.arrival[layer] = holding.arrival[layer] = self._last = arrival
         with pager.lock:
             replaced = [block for step in row if (block := self._commit(step, arrival)) is not None]
             pager.lock.notify_all()

@@ -67,10 +67,9 @@ def write_back(
         if todo:
             begun, done = room.device.event(timing=True), room.device.event(timing=True)
             _wait_for_bytes(room, todo)
-            begun.record(room.d2h)
             try:
                 try:
-                    full = _issue(room, holding, todo, groups, optional)
+                    full = _issue(room, holding, todo, groups, optional, begun)
                 finally:
                     done.record(room.d2h)
                 for group in groups:
@@ -117,8 +116,10 @@ def _wait_for_bytes(room: Room, todo: list[Copy]) -> None:
         room.d2h.wait_event(event)
 
 
-def _issue(room: Room, holding: Holding, todo: list[Copy], groups: list[Group], optional: bool) -> CapacityError | None:
-    """Issue what the host has room for, with an event behind each group; why it was not all."""
+def _issue(
+    room: Room, holding: Holding, todo: list[Copy], groups: list[Group], optional: bool, begun: Event
+) -> CapacityError | None:
+    """Issue what the host has room for, `begun` before and an event behind each group; why it was not all."""
     stream, memory = room.d2h, holding.region.tensor
     copies: list[Copy] = []
     size_bytes, full = 0, None
@@ -131,6 +132,8 @@ def _issue(room: Room, holding: Holding, todo: list[Copy], groups: list[Group], 
             full = error
             break
         source = memory[block.offset + begin : block.offset + end]
+        if not groups and not copies:
+            begun.record(stream)
         room.device.copy(block.host.tensor[begin:end], source, stream, Direction.D2H)
         copies.append(copy)
         size_bytes += end - begin

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -170,10 +171,11 @@ def check_evicted(exp: harness.Experiment, seed: int) -> None:
 
 def uncontended(exp: harness.Experiment, bench: Bench, runtime: djinn.Runtime, workload: Workload) -> None:
     """What `ready_ms` is when nobody else is there: one session, off the device at each resume."""
-    tenant = ServedTenant(0, workload, bench)
+    repeats = exp.config["uncontended_repeats"]
+    tenant = ServedTenant(0, replace(workload, rounds=repeats), bench)
     tenant.spawn(workload.prompt(0, bench.stock))
     session = tenant.session
-    for repeat in range(exp.config["uncontended_repeats"]):
+    for repeat in range(repeats):
         session.wait_until("clean", RELEASE_TIMEOUT_S)
         runtime.evict(session)
         bench.device.synchronize()
