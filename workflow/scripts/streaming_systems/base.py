@@ -20,6 +20,7 @@ from djinn_core import machine
 from djinn_core.context import MARGIN_BYTES
 from djinn_core.models.source import WeightSource, open_source
 from djinn_core.models.stack import bind, build_meta_model
+from djinn_core.weights.store import read_all
 from workflow.lib.harness import Experiment, Outcome
 
 COUNTED_AT_THE_COPY = "counted at each copy of every pass"
@@ -81,15 +82,20 @@ def weight_bytes(source: WeightSource) -> int:
 def stock_model(source: WeightSource, device: str | torch.device) -> Any:
     """The stock transformers model with the source's bytes on `device`; buffers in their own precision.
 
-    Each tensor passes through host memory of its own size only, so a model larger than the host fits a large device.
+    On the way to a device each tensor passes through host memory of its own size only, so a model larger than the host
+    fits a large device.
     """
     model = build_meta_model(source.config, source.dtype)
     tensors = {}
     for name in source.names():
         shape, dtype = source.meta(name)
-        host = torch.empty(shape, dtype=dtype)
-        source.read_into(name, host)
-        tensors[name] = host.to(device)
+        with torch.inference_mode(False):  # other threads, which are in no such mode, write to it
+            tensors[name] = torch.empty(shape, dtype=dtype)
+        if device != "cpu":
+            source.read_into(name, tensors[name])
+            tensors[name] = tensors[name].to(device)
+    if device == "cpu":
+        read_all(source, list(tensors.items()))
     bind(model, tensors)
     return model
 

@@ -32,6 +32,7 @@ from transformers.initialization import no_init_weights
 
 from djinn_core.errors import UnsupportedModel
 from djinn_core.models.source import WeightSource
+from djinn_core.weights.store import read_all
 from workflow.lib.config import CONFIG
 from workflow.lib.harness import Experiment, Outcome
 from workflow.scripts.streaming_systems.base import (
@@ -189,17 +190,18 @@ def partitioned(exp: Experiment, zero: dict[str, Any]) -> tuple[Any, WeightSourc
     with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=ds_config(source.dtype, zero)):
         model = AutoModelForCausalLM.from_config(source.config, dtype=source.dtype)
     model.eval().requires_grad_(False)
-    for name in source.names():
-        parameter = model.get_parameter(name)
-        if zero["offload_param"]["device"] == "cpu":
+    parameters = {name: model.get_parameter(name) for name in source.names()}
+    if zero["offload_param"]["device"] == "cpu":
+        for name, parameter in parameters.items():
             if parameter.ds_tensor.numel() != parameter.ds_numel:
                 raise UnsupportedModel(f"{name}: DeepSpeed split it over ranks, and there is one rank")
-            source.read_into(name, parameter.ds_tensor.data.view(parameter.ds_shape))
-        else:
-            host = torch.empty(parameter.ds_shape, dtype=source.dtype)
-            source.read_into(name, host)
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                parameter.data.copy_(host)
+        read_all(source, [(name, p.ds_tensor.data.view(p.ds_shape)) for name, p in parameters.items()])
+        return model, source
+    for name, parameter in parameters.items():
+        host = torch.empty(parameter.ds_shape, dtype=source.dtype)
+        source.read_into(name, host)
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.copy_(host)
     return model, source
 
 

@@ -86,14 +86,12 @@ def measure(exp: Experiment, loaded: Loaded, prompt: torch.Tensor, reference: An
     config, result = exp.config, exp.result
     with exp.progress.task("warm up"):
         warmup = one_run(loaded, prompt, 1, 1)
-        pass_s = timed_pass(loaded, prompt)
     result.sample("ttft_s", warmup.ttft_s, "s", warmup=True)
     result.sample("decode_s_per_token", warmup.decode_s_per_token, "s", warmup=True)
     result.sample("pass_s", warmup.pass_s, "s", warmup=True)
-    result.sample("pass_s", pass_s, "s", warmup=True)
     runs = config["runs"]
-    tokens = fitting(config["decode_tokens"], config["decode_limit_s"] / runs, pass_s)
-    passes = fitting(config["passes"], config["pass_limit_s"] / runs, pass_s)
+    tokens = fitting(config["decode_tokens"], config["decode_limit_s"] / runs, warmup.pass_s)
+    passes = fitting(config["passes"], config["pass_limit_s"] / runs, warmup.pass_s)
     untimed_bytes = count_copies(exp, loaded, prompt)
     config["measured"] = {
         "runs": runs,
