@@ -2,7 +2,9 @@
 
 Invariant: what a layer computes with is the block of the position that it asked for. Fills are issued as early as
 slots allow: when a layer is released, the copies for the position that takes its slot next are queued at once, behind
-an event, also across the border between two passes. Gaps between copies are the whole loss.
+an event. Gaps between copies are the whole loss, so this goes on across the border between two passes, but only as far
+as it takes to keep the link busy until the next pass begins: whoever waits for the device after a pass waits for what
+is queued too, and a whole ring of a large model is 50 ms.
 
 In a pass there is no host synchronisation, no allocation, no new event and no `record_stream`. All copies go out on
 one stream, so a fill that is dropped in mid-flight is in order before the one that takes its slot. The thread that
@@ -21,6 +23,8 @@ from djinn_core.device.base import Device, Direction
 from djinn_core.errors import DeviceError, SessionStateError, TransferError
 from djinn_core.weights.plan import Plan
 from djinn_core.weights.ring import Ring, Slot, SlotState, SlotStep
+
+BORDER_BYTES = 512 << 20  # queued for the next pass at the end of one, at least: 10 ms of a PCIe 5 link
 
 Rebinding = Sequence[tuple[torch.nn.Parameter | torch.Tensor, torch.Tensor]]
 
@@ -83,6 +87,7 @@ class Streamer:
         self._ring = Ring([Slot(i, device.event(), device.event()) for i in range(plan.slots)])
         self._h2d = device.stream() if plan.streamed else None
         self._copies: dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._border = self._border_layers()
         self._base = 0  # the position of streamed layer 0 in the running pass
         self._next = 0  # the position after the one that was read last
         self._count: PassCount | None = None
@@ -140,7 +145,9 @@ class Streamer:
         if slot.state is not SlotState.IN_USE or slot.position != position:
             return  # acquiring it failed
         self._release(slot)
-        self._fill(position + len(self._ring))
+        following = position + len(self._ring)
+        if following < self._base + len(self.plan.streamed) + self._border:
+            self._fill(following)
 
     def end_pass(self) -> None:
         """End the pass, however it went.
@@ -180,6 +187,16 @@ class Streamer:
             self._device.synchronize()
 
     # inside
+
+    def _border_layers(self) -> int:
+        """How many of a pass's first layers are queued before it begins, where slots allow."""
+        size_bytes = count = 0
+        for layer in self.plan.streamed:
+            if size_bytes >= BORDER_BYTES:
+                break
+            size_bytes += self.plan.layer_bytes[layer]
+            count += 1
+        return count
 
     def _seek(self, position: int) -> None:
         """Aim the ring at `position`: keep what is right, drop what is elsewhere, fill what is missing."""

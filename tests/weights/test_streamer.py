@@ -16,6 +16,7 @@ from djinn_core.device.cpu import CpuDevice
 from djinn_core.device.faults import FaultPlan
 from djinn_core.errors import DeviceError, SessionStateError, TransferError
 from djinn_core.memory import ExtentPool, HostTier, Kind
+from djinn_core.weights import streamer
 from djinn_core.weights.plan import make_plan
 from djinn_core.weights.resident import DeviceBlocks
 from djinn_core.weights.ring import Ring, Slot, SlotState, SlotStep
@@ -161,6 +162,19 @@ def test_prefetch_crosses_the_border_between_passes(rig):
     r.streamer.empty()
     r.run()
     assert r.device.copied.h2d_bytes == 24 * 3000
+
+
+def test_no_more_crosses_the_border_than_keeps_the_link_busy(rig, monkeypatch):
+    """Whoever waits for the device after a pass waits for it too; the next pass fills the rest as it begins."""
+    monkeypatch.setattr(streamer, "BORDER_BYTES", 4000)
+    r = rig([3000] * 8, slots=4, work_s=0.001)
+    for number in range(1, 4):
+        assert right(r, r.run())
+        assert r.device.copied.h2d_bytes == (8 * number + 2) * 3000
+        assert r.streamer.last_pass.moved_bytes == r.plan.streamed_bytes_per_pass
+    r.streamer.begin_pass(0)
+    assert r.device.copied.h2d_bytes == (8 * 3 + 4) * 3000
+    r.streamer.end_pass()
 
 
 def test_a_slot_is_filled_again_as_soon_as_it_is_released(rig):
