@@ -85,6 +85,23 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
         load_config("cpu", folder=tmp_path)
 
 
+def test_a_key_that_was_misspelt_is_named_and_not_the_one_that_it_was_to_be(tmp_path: Path) -> None:
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "config.yaml").write_text((ROOT / "config" / "config.yaml").read_text())
+    text = (ROOT / "config" / "presets" / "cpu.yaml").read_text()
+    (tmp_path / "presets" / "cpu.yaml").write_text(text.replace("  cap_bytes: 40_000_000\n", "  cap: 40_000_000\n"))
+    with pytest.raises(SettingsError, match=r"streaming\.cap: unknown key, the unit belongs to the name: cap_bytes"):
+        load_config("cpu", folder=tmp_path)
+
+
+@pytest.mark.parametrize("given", ["rnu=cpu", "streaming={cap_bytes: 1}", "machine={limits: {copies: 3}}"])
+def test_the_pipeline_refuses_what_it_would_not_read(given: str) -> None:
+    command = [sys.executable, "-m", "snakemake", "-n", "--config", "run=cpu", given, "--", "certify"]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert refused.returncode != 0
+    assert f"--config {given.partition('=')[0]}: allowed: run;" in refused.stdout + refused.stderr
+
+
 def test_an_unknown_preset_names_those_there_are() -> None:
     with pytest.raises(SettingsError, match="no preset 'b200'; allowed: cpu, h100, h200, h200_70b, l4"):
         load_config("b200")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -120,7 +121,8 @@ rule all:
 rule good:
     input: "long-list-of-code.py"
     output: "good"
-    shell: "touch {output}"
+    log: "good.log"
+    shell: "touch {output}; echo all is well" + LOGGED
 
 rule bad:
     input: "long-list-of-code.py"
@@ -141,6 +143,7 @@ def test_the_profile_prints_progress_and_errors_and_no_lists(tmp_path: Path) -> 
     assert failed.returncode == 1 and (tmp_path / "good").exists()
     assert "1 of 3 steps" in said and "> bad.log" in said
     assert "sad" in said.splitlines()  # what the command printed, out of its log
+    assert re.fullmatch(r"wrote good in \d+ s\n", (tmp_path / "good.log").read_text().partition("well\n")[2])
     assert "long-list" not in said
     done = subprocess.run([*command, "-n", "good"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert "nothing to be done" in (done.stdout + done.stderr).lower()  # .ci/run looks for these words

@@ -54,6 +54,18 @@ def load_config(run: str, overrides: list[str] | None = None, *, folder: Path = 
     return settings
 
 
+def check_command_line(given: dict[str, Any], *, folder: Path = CONFIG) -> None:
+    """Refuse what `snakemake --config` or `--configfile` gave beyond `run`: nothing would read it.
+
+    Raises:
+        SettingsError: with the key, and where such a setting belongs.
+    """
+    committed = read_yaml(folder / "config.yaml")
+    for key, value in given.items():
+        if key != "run" and (key not in committed or committed[key] != value):
+            raise SettingsError(f"--config {key}: allowed: run; settings belong into config/config.yaml or a preset")
+
+
 def auto_run(*, folder: Path = CONFIG) -> str:
     """The largest preset whose GPU memory and host memory this machine has; `cpu` without a GPU."""
     gpu_bytes = first_gpu_bytes()
@@ -127,9 +139,13 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
 
 
 def check(settings: dict[str, Any], where: str) -> None:
-    """Refuse settings that the schema or the model does not allow."""
+    """Refuse settings that the schema or the model does not allow; an unknown key before one that is missing for it."""
     validator = jsonschema.Draft202012Validator(schema("config"))
-    error = min(validator.iter_errors(settings), key=lambda error: list(map(str, error.absolute_path)), default=None)
+    error = min(
+        validator.iter_errors(settings),
+        key=lambda error: (error.validator != "additionalProperties", list(map(str, error.absolute_path))),
+        default=None,
+    )
     if error is not None:
         raise SettingsError(f"{where}: {explain(error)}")
     for experiment in EXPERIMENTS:

@@ -7,13 +7,20 @@ from snakemake.exceptions import WorkflowError
 sys.path.insert(0, str(workflow.basedir))
 
 from workflow.lib import identity
-from workflow.lib.config import SettingsError, auto_run, canonical, load_config
+from workflow.lib.config import (
+    SettingsError,
+    auto_run,
+    canonical,
+    check_command_line,
+    load_config,
+)
 from workflow.lib.stalelock import remove_stale_locks
 
 
 def settings_of(run):
     """The checked settings of a run; a wrong one ends Snakemake with one line."""
     try:
+        check_command_line(config)
         return load_config(run)
     except SettingsError as error:
         raise WorkflowError(str(error)) from error
@@ -61,8 +68,9 @@ RUN = auto_run() if config["run"] == "auto" else config["run"]
 SETTINGS = settings_of(RUN)
 # Rules that measure take all cores that Snakemake has, so that no two of them ever run beside each other.
 ALL_CORES = workflow.cores or 1
-# The end of a command that keeps no log of its own: all that it prints goes to the rule's log, and is shown if it fails.
-LOGGED = " > {log} 2>&1 || {{ cat {log} >&2; exit 1; }}"
+# The end of a command that keeps no log of its own: all that it prints goes to the rule's log, with what it wrote and how
+# long that took; it is shown if the command fails.
+LOGGED = ' > {log} 2>&1 && echo "wrote {output} in $SECONDS s" >> {log} || {{ cat {log} >&2; exit 1; }}'
 
 
 wildcard_constraints:

@@ -11,6 +11,7 @@ import time
 from djinn_core import certificate
 from workflow.lib import harness, identity
 from workflow.lib.config import section
+from workflow.lib.progress import Progress
 from workflow.lib.results import summary_of, validate, write_json
 
 SCHEMA = "djinn-certificate/1"
@@ -25,7 +26,8 @@ def main() -> None:
     began_s = time.monotonic()
     with harness.lock_of(device):
         harness.equal_conditions(config)
-        found = certificate.measure(device, config, config["machine"], args.out.parent)
+        with Progress("certify").task("measure the machine"):
+            found = certificate.measure(device, config, config["machine"], args.out.parent)
     document = found.document() | {
         "schema": SCHEMA,
         "run": args.run,
