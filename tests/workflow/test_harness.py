@@ -288,6 +288,20 @@ def test_an_experiment_that_the_preset_does_not_measure_is_refused(tmp_path: Pat
     assert "no section 'resume'" in (tmp_path / "log").read_text()
 
 
+def test_two_checkouts_meet_at_one_lock_wherever_their_temporary_files_go(tmp_path: Path) -> None:
+    code = "from workflow.lib.gpulock import lock_path; print(lock_path('GPU-1'))"
+    homes = [tmp_path / "a", tmp_path / "b"]
+    for home in homes:
+        home.mkdir()
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "TMPDIR": str(home)}, capture_output=True
+        ).stdout
+        for home in homes
+    }
+    assert said == {b"/tmp/djinn-GPU-1.lock\n"}
+
+
 def test_a_second_job_waits_for_the_gpu_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "gpu.lock"
     code = (

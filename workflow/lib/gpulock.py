@@ -1,7 +1,7 @@
 """One GPU job at a time on this machine, whichever checkout it belongs to.
 
-The lock is an flock on a file named after the GPU's UUID in the machine's temporary folder; the kernel drops it with
-the process, however that ends.
+The lock is an flock on a file named after the GPU's UUID in /tmp; the kernel drops it with the process, however that
+ends. Not in `$TMPDIR`: batch systems give each job another one, and two jobs would not meet.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import fcntl
 import logging
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +18,12 @@ from pathlib import Path
 
 log = logging.getLogger("djinn.gpulock")
 WAIT_S = 0.5
+FOLDER = Path("/tmp")
 
 
 def lock_path(uuid: str) -> Path:
     """Where the lock of the GPU with this UUID lies: the same for every checkout and user of the machine."""
-    return Path(tempfile.gettempdir()) / f"djinn-{uuid}.lock"
+    return FOLDER / f"djinn-{uuid}.lock"
 
 
 @contextmanager
