@@ -89,6 +89,7 @@ def run_stock(exp: harness.Experiment, system: str) -> None:
                 host = [runtime.host.allocate(size_bytes, f"tenant-{n}") for n in range(workload.sessions)]
                 for block in host:
                     held.callback(block.free)
+                exp.config["host_pinned"] = runtime.host.pinned  # the tenants' memory, too, is there by now
                 for method in (ManualOffloadPinned(bench), ManualOffloadOverlapped(bench)):
                     make = offload_tenants(workload, bench, method, [block.tensor for block in host])
                     run_seed(exp, bench, workload, make, 0, method.name)

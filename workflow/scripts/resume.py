@@ -88,6 +88,7 @@ def run(exp: harness.Experiment, system: str) -> None:
             check_steering(exp, bench, prompt, reference)
         if system in ("eager", "djinn"):
             resume_sharing.measure(exp, bench, runtime, methods[0], prompt)
+        exp.config["host_pinned"] = runtime.host.pinned  # sessions' memory, too, is there by now
 
 
 def make_bench(exp: harness.Experiment, runtime: djinn.Runtime, max_length: int) -> Bench:

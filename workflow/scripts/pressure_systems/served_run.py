@@ -46,6 +46,7 @@ def run(exp: harness.Experiment, capped: bool, wanted: list[list[int]]) -> None:
         pressure.record_demand(exp, bench, workload)
         with exp.progress.task("pin host memory"):
             runtime.host.prepare(int(runtime.host.free_bytes * PREPARED_SHARE))
+        exp.config["host_pinned"] = runtime.host.pinned  # sessions' memory, too, is there by now
         logs = [(f"seed {s}", run_seed(exp, bench, runtime, workload, s, capped, wanted)) for s in config["seeds"]]
         if capped:
             swaps.write_log(exp.out.parent / "pressure.log", logs)

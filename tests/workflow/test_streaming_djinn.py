@@ -1,0 +1,58 @@
+"""Djinn's own streaming systems, as the experiment opens them: what they say of themselves, pinning above all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from djinn_core.device.cpu import CpuDevice
+from djinn_core.errors import PinningRefused
+from workflow.lib.config import load_config, section
+from workflow.lib.harness import Experiment, status_of
+from workflow.lib.progress import Progress
+from workflow.lib.results import Result
+from workflow.scripts.streaming_systems import djinn_ring, measure, resident
+
+
+def experiment(tmp_path: Path, pinning: str) -> Experiment:
+    config = section(load_config("cpu", [f"machine.pinning={pinning}"]), "streaming")
+    config |= {"model": {"name": "tiny-llama", "path": None, "seed": 0}, "cap_bytes": 2_000_000}
+    result = Result("streaming", "djinn_chunk16mib", "cpu", config)
+    return Experiment(result, config, {}, "cpu", None, Progress("test", terminal=False), tmp_path / "test.json")
+
+
+def refuse(self: CpuDevice, address: int, size_bytes: int) -> None:
+    raise PinningRefused("the system locks no more", needed_bytes=size_bytes, free_bytes=0)
+
+
+def test_a_pass_moves_the_plan_and_the_memory_was_pinned(tmp_path: Path) -> None:
+    exp = experiment(tmp_path, "required")
+    with djinn_ring.ring(exp, resident_layers="none", chunk_bytes=4096) as loaded, torch.inference_mode():
+        prompt = resident.seeded_prompt(256, 9, 0, torch.device("cpu"))
+        measure.timed_pass(loaded, prompt)
+        loaded.make_cold()
+        before_bytes = loaded.copied_bytes()
+        measure.timed_pass(loaded, prompt)
+        assert loaded.copied_bytes() - before_bytes >= loaded.planned_bytes > 0
+        assert loaded.settings["host_pinned"] is True
+        assert loaded.settings["resident_layers"] == []
+
+
+def test_where_the_system_refuses_to_pin_the_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CpuDevice, "pin", refuse)
+    exp = experiment(tmp_path, "required")
+    with pytest.raises(PinningRefused) as refused, djinn_ring.ring(exp, resident_layers="none", chunk_bytes=4096):
+        pass
+    assert status_of(refused.value) == "failed"
+
+
+def test_where_the_settings_allow_it_the_result_says_that_memory_is_pageable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CpuDevice, "pin", refuse)
+    exp = experiment(tmp_path, "optional")
+    with djinn_ring.ring(exp, resident_layers="none", chunk_bytes=4096) as loaded, torch.inference_mode():
+        measure.timed_pass(loaded, resident.seeded_prompt(256, 9, 0, torch.device("cpu")))
+        assert loaded.settings["host_pinned"] is False
