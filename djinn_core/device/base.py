@@ -116,7 +116,11 @@ class Device(ABC):
 
     @abstractmethod
     def reserve(self, size_bytes: int) -> int:
-        """The first of `size_bytes` reserved addresses, with no memory behind them."""
+        """The first of `size_bytes` reserved addresses, with no memory behind them.
+
+        Raises:
+            DeviceError: there are none; nothing changed.
+        """
 
     @abstractmethod
     def release(self, address: int, size_bytes: int) -> None:

@@ -141,7 +141,10 @@ class CpuDevice(Device):
     def reserve(self, size_bytes: int) -> int:
         self._check_size(size_bytes)
         with self._lock:
-            address = libc.map_aligned(size_bytes, self.granularity_bytes, libc.PROT_NONE)
+            try:
+                address = libc.map_aligned(size_bytes, self.granularity_bytes, libc.PROT_NONE)
+            except OSError as error:
+                raise DeviceError(f"no {size_bytes:,} bytes of addresses could be reserved: {error}") from error
             self._reserved.add(address, size_bytes)
             return address
 

@@ -240,3 +240,12 @@ def test_spans_never_overlap_and_come_back_whole(steps):
     assert spans.largest_bytes == 64
     with pytest.raises(ValueError):
         spans.give(0, 1)
+
+
+def test_addresses_that_cannot_be_had_are_an_error_of_the_device():
+    device = open_device("cpu", capacity_bytes=1 << 20)
+    try:
+        with pytest.raises(DeviceError, match="addresses could be reserved"):
+            device.reserve(1 << 60)
+    finally:
+        device.close()
