@@ -59,6 +59,7 @@ class ExtentPool:
         self._held_bytes = 0
         self._leaving_bytes = 0  # taken out of the pool, not yet destroyed
         self._trimmer: threading.Thread | None = None
+        self._trim_due = False  # the trimmer has been told
         self._closed = False
 
     @property
@@ -122,7 +123,7 @@ class ExtentPool:
             self._held_bytes -= extent.size_bytes
             self._pooled[extent.size_bytes].append(extent.handle)
             self._pooled_bytes += extent.size_bytes
-            if self._pooled_bytes > self._reserve_bytes:
+            if self._pooled_bytes > self._reserve_bytes and not self._trim_due:
                 self._wake_trimmer()
 
     def trim(self, keep_bytes: int = 0) -> int:
@@ -215,18 +216,20 @@ class ExtentPool:
         if self._trimmer is None:
             self._trimmer = threading.Thread(target=self._trim_in_background, name="djinn-trimmer", daemon=True)
             self._trimmer.start()
+        self._trim_due = True
         self._changed.notify_all()
 
     def _trim_in_background(self) -> None:
         self._device.bind_thread()
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._pooled_bytes > self._reserve_bytes)
+                self._changed.wait_for(lambda: self._closed or self._trim_due)
                 if self._closed:
                     return
                 self._changed.wait_for(lambda: self._closed, TRIM_AFTER_S)
                 if self._closed:
                     return
+                self._trim_due = False
             self.trim(self._reserve_bytes)
 
     def _holders(self) -> str:
