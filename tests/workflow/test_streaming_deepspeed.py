@@ -138,3 +138,12 @@ def test_a_disk_too_small_says_the_bytes(exp, peers, monkeypatch) -> None:
     monkeypatch.setattr(peers.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 7}))
     with pytest.raises(Outcome, match="of disk for the parameters, have 7"):
         peers.nvme_folder(exp)
+
+
+def test_what_a_killed_run_left_on_the_disk_goes(exp, peers, tmp_path: Path) -> None:
+    left, other = tmp_path / f"{peers.NVME_PREFIX}abc" / "zero_stage_3", tmp_path / "dmon_deepspeed_nvme.csv"
+    left.mkdir(parents=True)
+    (left / "0_param.tensor.swp").write_bytes(bytes(100))
+    other.touch()
+    assert peers.nvme_folder(exp) == str(tmp_path)
+    assert list(tmp_path.iterdir()) == [other]

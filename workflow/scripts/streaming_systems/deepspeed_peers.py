@@ -53,6 +53,7 @@ if os.access(sys.prefix, os.W_OK):
 GRID = CONFIG / "deepspeed_grid.yaml"
 HALF_SECTIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 NVME_BUFFERS = 8
+NVME_PREFIX = "deepspeed-nvme-"
 ASYNC_IO_PACKAGES = "apt install libaio-dev g++ python3-dev"
 GRID_WARMUPS, GRID_PASSES = 2, 3  # the first pass records the order of the modules, the second is the first to prefetch
 
@@ -118,7 +119,7 @@ def nvme(exp: Experiment) -> Iterator[Loaded]:
     with (
         session(exp),
         released(),
-        tempfile.TemporaryDirectory(prefix="deepspeed-nvme-", dir=nvme_folder(exp)) as folder,
+        tempfile.TemporaryDirectory(prefix=NVME_PREFIX, dir=nvme_folder(exp)) as folder,
     ):
         zero = offload(exp, "nvme", folder)
         model, source = partitioned(exp, zero)
@@ -259,11 +260,16 @@ def largest_layer_numel(model: Any) -> int:
 def nvme_folder(exp: Experiment) -> str:
     """Where the files go: beside the results, so that they are on the disk that the run was given.
 
+    What a killed run left there, as large as the model, is removed; nobody else uses it, since a run measures alone.
+
     Raises:
         Outcome: there is not enough room; with the bytes.
     """
     folder = exp.out.resolve().parent
     folder.mkdir(parents=True, exist_ok=True)
+    for rest in folder.glob(f"{NVME_PREFIX}*"):
+        exp.log.warning("removing %s, left by a run that was killed", rest)
+        shutil.rmtree(rest)
     needed_bytes, free_bytes = weight_bytes(source_of(exp.config)), shutil.disk_usage(folder).free
     if needed_bytes > free_bytes:
         raise Outcome("unsupported", f"needs {needed_bytes:,} bytes of disk for the parameters, have {free_bytes:,}")
