@@ -14,15 +14,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from djinn_core.errors import WeightsError
-from djinn_core.memory import Kind
+from djinn_core.errors import OutOfHostMemory, WeightsError
+from djinn_core.memory import HostTier, Kind
 from djinn_core.models import boundary
 from djinn_core.models.boundary import Boundary
 from djinn_core.models.source import WeightSource
 from djinn_core.models.stack import Stack, bind, build_meta_model, find_stack
 from djinn_core.weights.plan import Plan, Residency, make_plan
-from djinn_core.weights.resident import DeviceBlocks, load_resident
-from djinn_core.weights.store import HostStore, Layout, Progress, pack, view
+from djinn_core.weights.resident import DeviceBlocks, load_resident, staging_bytes
+from djinn_core.weights.store import HostStore, Layout, Progress, pack, store_bytes, view
 from djinn_core.weights.streamer import PassCount, Streamer
 
 if TYPE_CHECKING:
@@ -121,16 +121,17 @@ def load_model(
     )
     total = others.payload_bytes + sum(layout.payload_bytes for layout in layers)
     report = _Progress(progress, total)
+    kept = [others] + [layers[layer] for layer in plan.resident]
+    _refuse_small_host(runtime.host, kept, [layers[layer] for layer in plan.streamed])
     with ExitStack() as held:
-        kept = [(others, "others")] + [(layers[layer], f"layer {layer}") for layer in plan.resident]
-        resident = DeviceBlocks(device, pool, [layout.size_bytes for layout, _ in kept], Kind.RESIDENT_WEIGHTS, name)
+        resident = DeviceBlocks(device, pool, [layout.size_bytes for layout in kept], Kind.RESIDENT_WEIGHTS, name)
         held.callback(resident.close)
         slot_memory: list[torch.Tensor] = []
         if plan.slots:
             ring = DeviceBlocks(device, pool, [plan.slot_bytes] * plan.slots, Kind.RING, name)
             held.callback(ring.close)
             slot_memory = ring.blocks
-        items = [(layout, block) for (layout, _), block in zip(kept, resident.blocks, strict=True)]
+        items = [(layout, block) for layout, block in zip(kept, resident.blocks, strict=True)]
         load_resident(device, runtime.host, source, items, name, report)
         blocks: dict[int, torch.Tensor] = {}
         host_bytes = 0
@@ -187,6 +188,20 @@ def _check_names(source: WeightSource, stack: Stack) -> None:
         raise WeightsError(
             f"{source!r} does not hold the model's tensors: {len(missing)} missing {missing[:3]}, "
             f"{len(extra)} unknown {extra[:3]}; nothing was copied"
+        )
+
+
+def _refuse_small_host(host: HostTier, kept: list[Layout], streamed: list[Layout]) -> None:
+    """All that the load will ask of the host, before it takes any: a large model is refused at once, not half read."""
+    staging, store = staging_bytes(kept), store_bytes(streamed)
+    needed_bytes, free_bytes = max(staging, store), host.free_bytes
+    if needed_bytes > free_bytes:
+        raise OutOfHostMemory(
+            f"the model does not fit its host budget: its {len(streamed)} streamed layers take {store:,} bytes there, "
+            f"reading the others {staging:,} for a while; nothing was copied; raise host_bytes, or budget_bytes so "
+            "that more layers stay on the device",
+            needed_bytes=needed_bytes,
+            free_bytes=free_bytes,
         )
 
 

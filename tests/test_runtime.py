@@ -142,6 +142,16 @@ def test_a_host_budget_too_small_is_refused_and_leaves_nothing():
         assert runtime.pool.held_bytes == runtime.host.held_bytes == 0
 
 
+def test_a_host_budget_without_room_for_the_streamed_layers_is_refused_before_any_copy():
+    """The embedding and the head would fit, and were they read first, a large model would be refused minutes later."""
+    with Runtime("cpu", budget_bytes=4 * MIB, host_bytes=4 * MIB) as runtime:
+        with pytest.raises(OutOfHostMemory, match=r"its 10 streamed layers take [0-9,]+ bytes there") as caught:
+            runtime.load(LLAMA, dtype="float32", resident_layers="none")
+        streamed_bytes = 10 * 4 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 256 * 128)
+        assert caught.value.needed_bytes >= streamed_bytes > caught.value.free_bytes == 4 * MIB
+        assert runtime.device.copied.h2d_bytes == runtime.device.used_bytes() == runtime.host.pinned_bytes == 0
+
+
 @pytest.mark.parametrize(
     ("call", "nth", "error"),
     [

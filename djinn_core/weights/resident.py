@@ -61,6 +61,12 @@ class DeviceBlocks:
         self._region.close()
 
 
+def staging_bytes(layouts: Sequence[Layout]) -> int:
+    """What `load_resident` takes of the host tier for these, while it runs."""
+    size = round_up(max((layout.size_bytes for layout in layouts), default=0), BLOCK_ALIGNMENT_BYTES)
+    return size * min(STAGING_BUFFERS, len(layouts))
+
+
 def load_resident(
     device: Device,
     host: HostTier,
@@ -78,7 +84,7 @@ def load_resident(
     if not items:
         return
     count = min(STAGING_BUFFERS, len(items))
-    size = round_up(max(layout.size_bytes for layout, _ in items), BLOCK_ALIGNMENT_BYTES)
+    size = staging_bytes([layout for layout, _ in items]) // count
     staging = host.allocate_exact(size * count, owner, cuts=tuple(range(size, size * count, size)))
     stream = device.stream()
     sent = [device.event() for _ in range(count)]

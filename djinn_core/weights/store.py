@@ -98,6 +98,11 @@ def read_all(
             on_bytes(out.nbytes)
 
 
+def store_bytes(layouts: Iterable[Layout]) -> int:
+    """What a `HostStore` of these takes of the host tier."""
+    return sum(round_up(layout.size_bytes, BLOCK_ALIGNMENT_BYTES) for layout in layouts)
+
+
 class HostStore:
     """The streamed layers' blocks in pinned host memory.
 
