@@ -95,9 +95,10 @@ def make_bench(exp: harness.Experiment, runtime: djinn.Runtime, max_length: int)
     """The served model, resident, and a stock model on the very same weights; sessions of `max_length` tokens."""
     config = exp.config
     dtype = getattr(torch, config["dtype"])
-    with exp.progress.task("load"):
+    with exp.progress.loading("load") as progress:
         model = config["model"]
-        served = runtime.load(model["path"] or model["name"], dtype=dtype, seed=model["seed"], resident_layers="all")
+        name = model["path"] or model["name"]
+        served = runtime.load(name, dtype=dtype, seed=model["seed"], resident_layers="all", progress=progress)
     exp.config["host_pinned"] = runtime.host.pinned  # False: the system refused, and copies block
     loaded = served.djinn
     exp.result.weights = {"kind": loaded.source.kind, "digest": loaded.source.digest}

@@ -24,13 +24,15 @@ def ring(exp: Experiment, *, resident_layers: str, chunk_bytes: int) -> Iterator
         host_bytes=config["host_bytes"],
         pinning=config["machine"]["pinning"],
     ) as runtime:
-        model = runtime.load(
-            model_settings.get("path") or model_settings["name"],
-            dtype=config["dtype"],
-            resident_layers=resident_layers,
-            chunk_bytes=chunk_bytes,
-            seed=model_settings.get("seed", 0),
-        )
+        with exp.progress.loading("read the weights") as progress:
+            model = runtime.load(
+                model_settings.get("path") or model_settings["name"],
+                dtype=config["dtype"],
+                resident_layers=resident_layers,
+                chunk_bytes=chunk_bytes,
+                seed=model_settings.get("seed", 0),
+                progress=progress,
+            )
         plan, device = model.djinn.plan, runtime.device
         yield Loaded(
             model=model,
