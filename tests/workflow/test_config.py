@@ -122,10 +122,13 @@ def test_a_rules_parameter_changes_with_its_own_settings_only() -> None:
 
 
 @pytest.mark.parametrize(("gpu_gb", "run"), [(0, "cpu"), (16, "cpu"), (24, "l4"), (85, "h100"), (150, "h200")])
-def test_auto_takes_the_largest_that_fits(gpu_gb: int, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_the_largest_that_fits(
+    gpu_gb: int, run: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr(config, "first_gpu_bytes", lambda: gpu_gb * 10**9)
     monkeypatch.setattr(config.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10**12 // 4096}.__getitem__)
     assert auto_run() == run
+    assert ("no GPU preset fits" in capsys.readouterr().err) == (gpu_gb == 16), "a GPU is not left aside in silence"
 
 
 def test_the_command_and_the_pipeline_hold_a_machine_to_the_same() -> None:

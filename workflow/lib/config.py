@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -67,13 +68,22 @@ def check_command_line(given: dict[str, Any], *, folder: Path = CONFIG) -> None:
 
 
 def auto_run(*, folder: Path = CONFIG) -> str:
-    """The largest preset whose GPU memory and host memory this machine has; `cpu` without a GPU."""
+    """The largest preset whose GPU memory and host memory this machine has; `cpu` without such a GPU.
+
+    A GPU that no preset fits is named on stderr, so that a run on the emulated device is not taken for one on it.
+    """
     gpu_bytes = first_gpu_bytes()
     host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for run in PRESETS[:-1]:
         needs = read_yaml(folder / "presets" / f"{run}.yaml")["machine"]["needs"]
         if gpu_bytes >= needs["device_bytes"] and host_bytes >= needs["host_bytes"]:
             return run
+    if gpu_bytes:
+        print(
+            f"no GPU preset fits {gpu_bytes:,} bytes of GPU memory and {host_bytes:,} of host memory; taking "
+            f"{PRESETS[-1]!r}, which does not use the GPU (a preset by name: --config run=l4)",
+            file=sys.stderr,
+        )
     return PRESETS[-1]
 
 

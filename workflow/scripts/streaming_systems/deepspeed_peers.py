@@ -55,7 +55,7 @@ HALF_SECTIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 NVME_BUFFERS = 8
 NVME_PREFIX = "deepspeed-nvme-"
 ASYNC_IO_PACKAGES = "apt install libaio-dev g++ python3-dev"
-GRID_WARMUPS, GRID_PASSES = 2, 3  # the first pass records the order of the modules, the second is the first to prefetch
+GRID_WARMUPS, GRID_TIMED = 1, 2  # of a few passes back to back; the first pass records the order of the modules
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def cpu(exp: Experiment) -> Iterator[Loaded]:
 
 @contextmanager
 def cpu_tuned(exp: Experiment, timed_pass: Callable[[Loaded], float]) -> Iterator[Loaded]:
-    """The fastest of the committed grid; each point is measured briefly, by `timed_pass`, and recorded."""
+    """The fastest of DeepSpeed's defaults and the committed grid; each is measured briefly, by `timed_pass`."""
     with session(exp), released():
         model, source = partitioned(exp, offload(exp, "cpu"))
         how = "each tensor read straight into its partition in host memory, once for all points of the grid"
@@ -83,25 +83,26 @@ def cpu_tuned(exp: Experiment, timed_pass: Callable[[Loaded], float]) -> Iterato
 
 
 def search(exp: Experiment, model: Any, source: WeightSource, seconds: Callable[[Any], float]) -> dict[str, int]:
-    """The point of the grid with the fastest pass; a point that the cap cannot hold is recorded and left out.
+    """The fastest of DeepSpeed's defaults and the grid; a point that the cap cannot hold is recorded and left out.
 
     Raises:
         Outcome: the cap holds none of them.
     """
     medians: list[tuple[float, dict[str, int]]] = []
-    points = grid_points(largest_layer_numel(model))
-    for point in points:
+    points = [{}, *grid_points(largest_layer_numel(model))]
+    exp.config["grid"] = points
+    for number, point in enumerate(points):
         try:
             with engine(exp, model, source, offload(exp, "cpu") | point) as ready:
                 for _ in range(GRID_WARMUPS):
                     seconds(ready)
-                times = [seconds(ready) for _ in range(GRID_PASSES)]
+                times = [seconds(ready) for _ in range(GRID_TIMED)]
         except torch.OutOfMemoryError as error:
             exp.log.info("a point of the grid does not fit the cap: %s: %s", point, error)
             exp.result.extra.setdefault("grid_out_of_memory", []).append(point)
             continue
         for value in times:
-            exp.result.sample("grid_pass_s", value, "s", **point)
+            exp.result.sample("grid_pass_s", value, "s", point=number)
         medians.append((statistics.median(times), point))
     if not medians:
         raise Outcome("out_of_memory", f"the cap of {exp.config['cap_bytes']:,} bytes holds no point of {GRID.name}")

@@ -45,14 +45,15 @@ class Run:
     answers: Answers
 
 
-def timed_pass(loaded: Loaded, prompt: torch.Tensor) -> float:
-    """Seconds of one pass of the prompt, from a quiet device to a quiet device."""
+def timed_pass(loaded: Loaded, prompt: torch.Tensor, passes: int = 3) -> float:
+    """Seconds a pass of the prompt, of `passes` back to back, from a quiet device to a quiet device."""
     loaded.synchronize()
     began = time.perf_counter()
     with torch.inference_mode():
-        plain_pass(loaded.model, prompt)
+        for _ in range(passes):
+            plain_pass(loaded.model, prompt)
     loaded.synchronize()
-    return time.perf_counter() - began
+    return (time.perf_counter() - began) / passes
 
 
 def one_run(loaded: Loaded, prompt: torch.Tensor, tokens: int, passes: int) -> Run:
