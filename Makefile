@@ -51,6 +51,7 @@ $(ASYNC_IO): | $(PROJECT)
 
 reproduce: setup
 	snakemake --cores $(CORES) all
+	@for table in results/*/claims.md; do echo "$$table: $$(sed -n 3p $$table); figures: paper_figures/"; done
 
 test: setup
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal

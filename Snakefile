@@ -2,7 +2,7 @@
 #
 #   snakemake --cores 1 all                          everything, in the preset that fits this machine
 #   snakemake paper_figures/fig5.pdf                 one file; profiles/default gives the cores
-#   snakemake --cores 1 --config run=h200 streaming  one experiment, in a preset by name
+#   snakemake --cores 1 streaming --config run=h200  one experiment, in a preset by name
 #
 # What is measured is in config/, how it is run is in profiles/. The rules are in workflow/rules/, one file for each
 # experiment; an experiment takes part when its file is there and the preset has a section for it.

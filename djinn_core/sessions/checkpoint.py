@@ -129,4 +129,5 @@ class Checkpoint:
 
     def __repr__(self) -> str:
         where = "between tokens" if self.layer is None else f"after layer {self.layer}"
-        return f"Checkpoint({self.id}, {where}, {self.length} tokens, {self.state_bytes:,} bytes)"
+        under_way = f" and {self.inputs.ids.shape[1]} under way" if self.inputs is not None else ""
+        return f"Checkpoint({self.id}, {where}, {self.length} tokens{under_way}, {self.state_bytes:,} bytes)"

@@ -10,8 +10,8 @@ matter of the layer's number: 3 slots over 40 layers wrap correctly, where a slo
 layer that was still computing, with wrong logits and no error. An illegal step raises.
 
 States are the host's view: READY means that all copies are queued and `ready` is recorded behind them, not that they
-have arrived. Order on the device is kept by two events per slot, made once: a fill waits for `consumed`, compute for
-`ready`.
+have arrived. When a slot is filled, `streamer.py` says. Order on the device is kept by two events per slot, made once:
+a fill waits for `consumed`, compute for `ready`.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from workflow.plots.load import Certificate, ResultFile, read
 
 PASS, FAIL, INCONCLUSIVE, NOT_RUN, OTHER_HARDWARE = "PASS", "FAIL", "INCONCLUSIVE", "NOT-RUN", "NOT-APPLICABLE"
 VERDICTS = (FAIL, INCONCLUSIVE, NOT_RUN, PASS, OTHER_HARDWARE)
+ANY_GPU = "."  # of `holds_for`: whatever the name
 COMPARATORS = {
     "at_least": operator.ge,
     "at_most": operator.le,
@@ -226,7 +227,8 @@ def applies(holds_for: Mapping[str, str], used: Mapping[str, ResultFile], certif
         raise Undecided(NOT_RUN, "no result file")
     first = next(iter(used.values()))
     if "gpu" in holds_for and not re.search(holds_for["gpu"], first.gpu or ""):
-        raise Undecided(OTHER_HARDWARE, f"speaks of {holds_for['gpu']}, this is {first.gpu or 'an emulated device'}")
+        wanted = "a GPU" if holds_for["gpu"] == ANY_GPU else holds_for["gpu"]
+        raise Undecided(OTHER_HARDWARE, f"speaks of {wanted}, this is {first.gpu or 'an emulated device'}")
     if "model" in holds_for and not re.search(holds_for["model"], str(first.config.get("model", ""))):
         raise Undecided(OTHER_HARDWARE, f"speaks of {holds_for['model']}, this is {first.config.get('model')}")
     try:

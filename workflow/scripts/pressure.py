@@ -142,13 +142,13 @@ def run_seed(
         try:
             for number in exp.progress.track(range(workload.sessions), f"{method}: spawn"):
                 spawn_s = time.perf_counter()
+                trace.arriving(number + 1)
                 tenant = make(number)
                 tenant.spawn(workload.prompt(number, bench.stock))
                 tenants.append(tenant)
                 bench.device.synchronize()
                 spawn_ms = (time.perf_counter() - spawn_s) * 1e3
                 exp.result.sample("spawn_ms", spawn_ms, "ms", **dims)
-                trace.opened(len(tenants))
             trace.phase = "resume"
             take_rounds(exp, workload, tenants, seed, 1, dims)
         except torch.OutOfMemoryError as error:

@@ -35,8 +35,8 @@ class MemoryTrace:
         self._stop = threading.Event()
         self._stack = ExitStack()
 
-    def opened(self, sessions: int) -> None:
-        """So many sessions are open now."""
+    def arriving(self, sessions: int) -> None:
+        """So many sessions are there now, the last of them still arriving."""
         self._sessions = sessions
 
     def __enter__(self) -> MemoryTrace:
