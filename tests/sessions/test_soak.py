@@ -34,6 +34,7 @@ THREADS = 6
 LIVES = 4  # of one thread
 MAX_LENGTH = 48
 WATCHDOG_S = 60.0
+ALL_HAPPENS_S = 30.0  # by then every kind of move has been made, on a slow machine too
 AWAY = (SessionState.PAUSED, SessionState.SWAPPED)
 
 Result = TypeVar("Result")
@@ -278,7 +279,8 @@ def test_a_long_day(make_rig: MakeRig, tmp_path: Path, long: Long) -> None:
     watch(people, long.seed)
     did = sum((person.did for person in people), Counter())
     print(dict(did))
-    kinds = {event.event for event in rig.sessions.pager.events}
-    assert {"swap_in", "swap_out", "evict", "disk_write", "disk_read", "prefetched"} <= kinds
+    if long.seconds >= ALL_HAPPENS_S:
+        kinds = {event.event for event in rig.sessions.pager.events}
+        assert {"swap_in", "swap_out", "evict", "disk_write", "disk_read", "prefetched"} <= kinds
     assert not rig.sessions.pager.holdings and rig.kv_bytes == 0
     assert did["refused"] < did.total() / 2, "more was refused than done"
