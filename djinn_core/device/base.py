@@ -219,7 +219,7 @@ class Device(ABC):
 
     @abstractmethod
     def bind_thread(self) -> None:
-        """Make the calling thread ready to use the device; each worker thread calls it once, first."""
+        """Make the calling thread ready to use the device; a worker calls it before its work, and twice is once."""
 
     @abstractmethod
     def used_bytes(self) -> int:

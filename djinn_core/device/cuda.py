@@ -217,9 +217,11 @@ class CudaDevice(Device):
         checked("cuMemHostUnregister", driver.cuMemHostUnregister(address))
 
     def bind_thread(self) -> None:
+        if hasattr(self._bound, "torch_too"):
+            return
         checked("cuCtxSetCurrent", driver.cuCtxSetCurrent(self._context))
         torch.cuda.set_device(self._index)
-        self._bound.ready = True
+        self._bound.ready = self._bound.torch_too = True
 
     def used_bytes(self) -> int:
         self._enter()

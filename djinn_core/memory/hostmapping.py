@@ -48,7 +48,7 @@ class HostMapping:
             raise
 
     def _fault_in(self, threads: int) -> None:
-        try:  # a fork would copy every page-locked page: twice the memory, and half a minute for a large tier
+        try:  # a fork would copy every page-locked page: twice the memory, and the time for it
             libc.advise(self.address, self.size_bytes, libc.MADV_DONTFORK)
         except OSError as error:
             raise self._no_pages(error) from error

@@ -5,8 +5,7 @@ to come, ones that come back from the host, ones that a fork shares, and copies 
 extents are acquired before the first map, so running out leaves everything as it was. Then each layer is mapped with
 one grant, its copies are issued in pieces of at most 8 MiB, and an event is recorded behind them: the pass goes on as
 soon as its next layer is issued, and the compute stream waits for that layer's event alone. Where there is nothing to
-copy, as in a prefill, the pass maps each layer itself as it comes to it: 40 maps in a row are 2.5 ms in which the
-device would wait.
+copy, as in a prefill, the pass maps each layer itself as it comes to it: the device would wait for all maps in a row.
 
 Invariant: a layer is committed (tables, places) only when its maps and copies were accepted, so a failure between two
 layers leaves a session whose next try does the rest.

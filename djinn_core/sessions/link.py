@@ -121,7 +121,6 @@ class Link:
     # the worker that issues
 
     def _issue(self) -> None:
-        bound = False
         while True:
             with self._changed:
                 while (job := self._to_issue()) is None and not self._closed:
@@ -130,9 +129,7 @@ class Link:
                     return
                 stage = self._stages[job]
             try:
-                if not bound:
-                    self._pager.device.bind_thread()
-                    bound = True
+                self._pager.device.bind_thread()
                 if not job.left:
                     self._end(job, None)
                 elif stage is Stage.WANTED:
@@ -167,7 +164,7 @@ class Link:
     # the worker that waits
 
     def _prepare(self) -> None:
-        bound, look_s = False, time.monotonic()
+        look_s = time.monotonic()
         while True:
             with self._changed:
                 job = self._pick(Stage.BLOCKED)
@@ -180,18 +177,14 @@ class Link:
                     continue
             if job is None:
                 try:
-                    if not bound:
-                        self._pager.device.bind_thread()
-                        bound = True
+                    self._pager.device.bind_thread()
                     look_ahead(self._pager)
                 except BaseException as error:  # noqa: BLE001 - nobody waits for it; the next look tries again
                     self._pager.log_id("-", f"did not look ahead ({error!r})")
                 look_s = time.monotonic() + TICK_S
                 continue
             try:
-                if not bound:
-                    self._pager.device.bind_thread()
-                    bound = True
+                self._pager.device.bind_thread()
                 if job.left:
                     job.prepare(wait=True)
                 self._go(job, Stage.PREPARED)

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from djinn_core.errors import DjinnError, IntegrityError, OutOfDeviceMemory
-from djinn_core.sessions import Candidate, ExpectedLast, SessionState
+from djinn_core.sessions import Candidate, ExpectedLast, Session, SessionState
 from tests.sessions.oracle import Oracle, prompt
-from tests.sessions.rigs import MakeRig
+from tests.sessions.rigs import MakeRig, Rig
 
 KIB = 1 << 10
 SESSION_BYTES = 4 * 64 * KIB
@@ -143,19 +143,25 @@ def test_a_prefetch_that_finds_no_room_is_tried_again(make_rig: MakeRig) -> None
     assert late.device_bytes == SESSION_BYTES and others[0].state is SessionState.SWAPPED
 
 
+def paused(rig: Rig, count: int) -> list[Session]:
+    """So many sessions, one after the other: each with a prompt of its own, paused and written back."""
+    sessions = []
+    for seed in range(count):
+        session = rig.open()
+        session.forward(prompt(seed=seed))
+        session.pause()
+        session.wait_until("clean", 10)
+        sessions.append(session)
+    return sessions
+
+
 def test_the_policy_can_be_replaced(make_rig: MakeRig) -> None:
     class Newest:
         def choose(self, candidates, needed_bytes, now_s):
             return [max(candidates, key=lambda c: c.last_use_s).session] if candidates else []
 
     rig = make_rig(device_bytes=8 * SESSION_BYTES, policy=Newest())
-    sessions = []
-    for seed in range(9):
-        session = rig.open()
-        session.forward(prompt(seed=seed))
-        session.pause()
-        session.wait_until("clean", 10)
-        sessions.append(session)
+    sessions = paused(rig, 9)
     assert sessions[0].state is SessionState.PAUSED
     assert any(s.state is SessionState.SWAPPED for s in sessions[3:])
 
@@ -287,13 +293,7 @@ def test_a_policy_that_raises_is_an_error_of_whoever_needs_room(make_rig: MakeRi
 
     policy = Broken()
     rig = make_rig(device_bytes=4 * SESSION_BYTES, policy=policy)
-    sessions = []
-    for seed in range(8):
-        session = rig.open()
-        session.forward(prompt(seed=seed))
-        session.pause()
-        session.wait_until("clean", 10)
-        sessions.append(session)
+    sessions = paused(rig, 8)
     deadline = time.monotonic() + 10
     while sum(s.state is SessionState.SWAPPED for s in sessions) < 5 and time.monotonic() < deadline:
         time.sleep(0.01)
