@@ -4,8 +4,10 @@ A plan names, for each layer in the order in which the pass will want them, the 
 to come, ones that come back from the host, ones that a fork shares, and copies of shared tails (copy on write). All
 extents are acquired before the first map, so running out leaves everything as it was. Then each layer is mapped with
 one grant, its copies are issued in pieces of at most 8 MiB, and an event is recorded behind them: the pass goes on as
-soon as its next layer is issued, and the compute stream waits for that layer's event alone. Where there is nothing to
-copy, as in a prefill, the pass maps each layer itself as it comes to it: the device would wait for all maps in a row.
+soon as its next layer is issued, and the compute stream waits for that layer's event alone. While the link is busy the
+next layers are mapped already, since under load a map and its grant take as long as a layer's copies. Where there is
+nothing to copy, as in a prefill, the pass maps each layer itself as it comes to it: the device would wait for all maps
+in a row.
 
 Invariant: a layer is committed (tables, places) only when its maps and copies were accepted, so a failure between two
 layers leaves a session whose next try does the rest.
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from djinn_core.sessions.pager import Pager
 
 PIECE_BYTES = 8 << 20  # so that another session's boundary need not wait long behind it
+AHEAD_LAYERS = 4  # mapped before the link has room for their copies
 
 
 @dataclass
@@ -87,6 +90,7 @@ class BringIn:
         self._steps: dict[int, list[Step]] = {}
         self._last: Event | None = None  # behind the last copies
         self._left = deque(order)
+        self._ahead: deque[int] = deque()  # the first of what is left, mapped already
 
     @property
     def urgency(self) -> tuple[int, float]:
@@ -193,11 +197,24 @@ class BringIn:
             self._release()
         return ready
 
+    def map_ahead(self) -> bool:
+        """Map the next layer that is not mapped yet; False when enough are."""
+        if self.cancelled or len(self._ahead) >= min(AHEAD_LAYERS, len(self._left)):
+            return False
+        layer = self._left[len(self._ahead)]
+        self._map(self._steps[layer])
+        self._ahead.append(layer)
+        return True
+
     def step(self) -> tuple[Event | None, int]:
-        """Map and copy the next layer; the event behind its copies, and their bytes."""
+        """Copy the next layer, mapped first if it is not yet; the event behind its copies, and their bytes."""
         stream, before = self._pager.h2d, self.bytes
         layer = self._left[0]
         row = self._steps[layer]
+        if self._ahead:
+            self._ahead.popleft()
+        else:
+            self._map(row)
         if row:
             self._issue_layer(layer, row, stream)
             self._steps[layer] = []
@@ -351,10 +368,13 @@ class BringIn:
 
     # maps and copies
 
+    def _map(self, row: list[Step]) -> None:
+        if row:
+            self.holding.region.map([(step.block.offset, step.extent or step.block.device) for step in row])
+
     def _issue_layer(self, layer: int, row: list[Step], stream: Stream) -> None:
-        """Map and fill one layer's blocks, then commit them."""
+        """Fill one layer's mapped blocks, then commit them; they are unmapped when that fails."""
         pager, holding, region = self._pager, self.holding, self.holding.region
-        region.map([(step.block.offset, step.extent or step.block.device) for step in row])
         arrival = None
         if not any(self.arrival):
             self.begun.record(stream)
@@ -421,16 +441,21 @@ class BringIn:
         return replaced
 
     def _release(self) -> None:
-        """Give back what was claimed and not committed."""
-        with self._pager.lock:
-            steps, self._steps = self._flat(), {}
-            for step in steps:
-                step.block.loading = False
-                self._let_go(step)
-            self._pager.lock.notify_all()
-            for step in steps:
-                if step.extent is not None:
-                    self._pager.pool.give_back(step.extent)
+        """Give back what was claimed and not committed; an extent that cannot be unmapped stays where it is."""
+        try:
+            while self._ahead:
+                self.holding.region.unmap([step.block.offset for step in self._steps[self._ahead[-1]]])
+                self._ahead.pop()
+        finally:
+            with self._pager.lock:
+                steps, self._steps = self._steps, {}
+                for layer, row in steps.items():
+                    for step in row:
+                        step.block.loading = False
+                        self._let_go(step)
+                        if step.extent is not None and layer not in self._ahead:
+                            self._pager.pool.give_back(step.extent)
+                self._pager.lock.notify_all()
 
     def _let_go(self, step: Step) -> None:
         """Whoever was read from may move again. The pager's lock is held."""

@@ -32,6 +32,7 @@ class Holding:
         jobs: bring-ins under way, or whose copies a pass may still have to wait for.
         deferred: a bring-in that begins when the pass under way has been issued.
         queued, draining: a write-back is wanted, or under way.
+        unstarted: the wanted write-back has not been taken up by any thread yet.
         needed: someone waits for that write-back, so it may take others' clean copies from the host.
         moving: its memory is being unmapped.
         changing: its owner gives it another lineage, or closes it; no prefetch begins.
@@ -54,7 +55,7 @@ class Holding:
         self.arrival = [device.event() for _ in range(layout.layers)]
         self.jobs: list[BringIn] = []
         self.deferred: BringIn | None = None
-        self.queued = self.draining = self.needed = self.moving = self.release = self.changing = False
+        self.queued = self.unstarted = self.draining = self.needed = self.moving = self.release = self.changing = False
         self.leaving = 0
         self.pins = 0
         self.last_use_s = time.monotonic()

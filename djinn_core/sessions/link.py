@@ -2,7 +2,7 @@
 
 One worker issues. Before each layer it asks again who is the most urgent, and it keeps so little in flight that a
 resume's first layer begins within a layer's time, and so much that the link never idles: before a layer is issued the
-one before the last must have arrived, not the last. A second worker does what may take long, so that the first never
+one before the last must have arrived, not the last. Meanwhile it maps the layers that come next. A second worker does what may take long, so that the first never
 does: reading from disk, evicting, waiting for other sessions' transfers, and looking ahead.
 
 Not taken: a stream for each session. The copy engine would serve them in turn, and a resume's first layer would get a
@@ -138,22 +138,25 @@ class Link:
                     event, size_bytes = job.step()
                     if event is not None:
                         self._flying.append((job, event, size_bytes))
+                elif not job.map_ahead():
+                    self._wait_for_oldest()
             except BaseException as error:  # noqa: BLE001 - the thread's edge: whoever waits for the job is told
                 self._end(job, error)  # and `ended` puts the session where it can try again
 
     def _has_room(self) -> bool:
-        """Whether another layer may be issued. If not, waits for the oldest in flight; someone else may go then."""
+        """Whether another layer may be issued."""
         while self._flying and self._arrived(self._flying[0][1]):
             self._flying.popleft()
-        if sum(size_bytes for _, _, size_bytes in self._flying) <= IN_FLIGHT_BYTES:
-            return True
+        return sum(size_bytes for _, _, size_bytes in self._flying) <= IN_FLIGHT_BYTES
+
+    def _wait_for_oldest(self) -> None:
+        """Wait for the oldest in flight; someone else may be the most urgent then."""
         job, event, _ = self._flying.popleft()
         try:
             event.synchronize()
         except DeviceError as error:
             if job in self._stages:
                 self._end(job, error)
-        return False
 
     def _arrived(self, event: Event) -> bool:
         try:

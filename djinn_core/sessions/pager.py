@@ -33,6 +33,8 @@ from djinn_core.sessions.state import SessionState, refusal
 from djinn_core.sessions.workers import told
 from djinn_core.sessions.writeback import write_back
 
+HELP_FROM_S = 1.0  # who waits this long for a write-back does it itself; who only looks is not held up
+
 
 class Pager(Lineages):
     """Sessions of one runtime, and their memory. Thread-safe.
@@ -199,7 +201,8 @@ class Pager(Lineages):
             now_s = time.monotonic()
             holding.expected_resume_s = None if expected_resume_s is None else now_s + expected_resume_s
             holding.last_use_s = now_s
-            holding.release, holding.queued, holding.prefetch_failed = release, True, False
+            holding.release, holding.prefetch_failed = release, False
+            holding.queued = holding.unstarted = True
             holding.trouble, holding.needed = None, False
         self._out.put(holding)
         self.log(holding, "pause")
@@ -317,7 +320,11 @@ class Pager(Lineages):
         self.link.put(job)
 
     def wait_until(self, holding: Holding, what: str, timeout_s: float) -> None:
-        """Block until the session is clean, released or restored."""
+        """Block until the session is clean, released or restored.
+
+        A write-back that no thread has taken up yet is done here, by a caller who is ready to wait that long: waking
+        another thread, and being woken by it, takes as long as the copies of a layer.
+        """
         reached = {
             "clean": lambda: not holding.queued and not holding.draining and holding.is_clean(),
             "released": lambda: not holding.queued and holding.state is SessionState.SWAPPED,
@@ -327,6 +334,8 @@ class Pager(Lineages):
             raise ConfigError(f"cannot wait until {what!r}; known are {', '.join(reached)}")
         if what == "clean":
             self._ask_clean(holding)
+        if what != "restored" and timeout_s >= HELP_FROM_S:
+            self._drain(holding)
         with self.lock:
             self.lock.wait_for(lambda: reached[what]() or self._stuck(holding, what), timeout_s)
             if not reached[what]():
@@ -351,7 +360,8 @@ class Pager(Lineages):
             again = holding.trouble is None or isinstance(holding.trouble, CapacityError)
             under_way = holding.queued or holding.draining or holding.leaving
             if holding.state is SessionState.PAUSED and again and not under_way and not holding.is_clean():
-                holding.trouble, holding.queued = None, True
+                holding.trouble = None
+                holding.queued = holding.unstarted = True
                 self._out.put(holding)
 
     def _stuck(self, holding: Holding, what: str) -> bool:
@@ -389,6 +399,11 @@ class Pager(Lineages):
             self.lock.notify_all()
 
     def _drain(self, holding: Holding) -> None:
+        """Do the write-back that is wanted, unless a thread has taken it up already."""
+        with self.lock:
+            if not holding.unstarted:
+                return
+            holding.unstarted = False
         try:
             self.device.bind_thread()
             holding.wait_issued()
@@ -399,9 +414,11 @@ class Pager(Lineages):
         except BaseException as error:  # noqa: BLE001 - the thread's edge: `wait_until` tells whoever waits
             holding.trouble = told(error, holding, "its write-back", "on the device; resume and pause it to try again")
             self.log(holding, f"stays dirty ({error!r})")
+            if threading.current_thread() is not self._writer and not isinstance(error, Exception):
+                raise
         finally:
             with self.lock:
-                holding.queued = False
+                holding.queued = holding.unstarted
                 self.lock.notify_all()
 
     def _clean(self, holding: Holding) -> None:

@@ -92,6 +92,37 @@ def test_maps_hide_behind_copies(slow: Rig, monkeypatch: pytest.MonkeyPatch) -> 
     assert idle[1:] == [False] * (LAYERS - 1)
 
 
+def test_the_next_layers_are_mapped_while_the_link_is_full(slow: Rig) -> None:
+    session = released(slow, 1)
+    slow.device.link_gbps = LINK_GBPS
+    session.prefetch()
+    job = session._holding.jobs[0]
+    wait_for(lambda: sum(job.issued) == 2)  # the link takes no more
+    wait_for(lambda: len(session._holding.region.mapped()) == LAYERS)
+    assert sum(job.issued) == 2
+    session.wait_until("restored", 10)
+    assert not job._ahead
+
+
+def test_what_was_mapped_ahead_is_given_back_when_nobody_wants_it_any_more(slow: Rig) -> None:
+    session = released(slow, 1)
+    before = slow.kv_bytes
+    slow.device.link_gbps = LINK_GBPS
+    session.prefetch()
+    job = session._holding.jobs[0]
+    wait_for(lambda: len(job._ahead) == 2)
+    job.cancel()
+    job.wait_issued()
+    layers = sum(job.issued)
+    assert layers < LAYERS and len(session._holding.region.mapped()) == layers
+    assert slow.kv_bytes == before + layers * SESSION_BYTES // LAYERS
+    slow.device.link_gbps = None
+    session.resume()
+    oracle = Oracle(slow.stock)
+    logits = oracle.forward(prompt(seed=1))
+    assert torch.equal(session.forward(logits.float().argmax(-1)[:, None]), oracle.greedy(logits, 1)[0])
+
+
 def test_room_is_made_before_anyone_needs_it(make_rig: MakeRig) -> None:
     rig = make_rig(device_bytes=8 * SESSION_BYTES)
     pager = rig.sessions.pager

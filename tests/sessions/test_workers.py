@@ -5,6 +5,8 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -98,15 +100,61 @@ def test_in_the_writer(rig: Rig, monkeypatch, call, error, stop_after) -> None:
     where, name = call.split(".")
     bomb = Bomb(monkeypatch, owner_of(rig, where), name, WRITER, error)
     session.pause(release=True)
+    wait_for(lambda: bomb.fired)
     with pytest.raises(WorkerError) as caught:
         session.wait_until("released", 10)
-    assert bomb.fired
     check_told(rig, caught.value, session, error)
     assert session.state is SessionState.PAUSED
     check_alive(rig)
     assert torch.equal(go_on(session, ids), wanted)
     session.pause(release=True)
     session.wait_until("released", 10)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_in_a_caller_who_helps(rig: Rig, monkeypatch, error) -> None:
+    """Who waits does the write-back itself; an interrupt is raised as it is, and both leave the session whole."""
+    session, ids, wanted = begun(rig, 1)
+    bomb = Bomb(monkeypatch, rig.device, "copy", threading.current_thread().name, error)
+    with rest_of_the_writer(rig, monkeypatch):
+        session.pause(release=True)
+        with pytest.raises(WorkerError if isinstance(error, Exception) else type(error)) as caught:
+            session.wait_until("released", 10)
+    assert bomb.fired
+    if isinstance(error, Exception):
+        check_told(rig, caught.value, session, error)
+    assert session.state is SessionState.PAUSED
+    check_alive(rig)
+    assert torch.equal(go_on(session, ids), wanted)
+    session.pause(release=True)
+    session.wait_until("released", 10)
+
+
+def test_a_caller_who_only_looks_is_not_held_up(rig: Rig, monkeypatch) -> None:
+    session, ids, wanted = begun(rig, 1)
+    with rest_of_the_writer(rig, monkeypatch):
+        session.pause(release=True)
+        with pytest.raises(TimeoutError, match="not released within 0.01 s"):
+            session.wait_until("released", 0.01)
+        assert session._holding.unstarted and session.state is SessionState.PAUSED
+        session.wait_until("released", 10)
+        assert not session._holding.unstarted
+    assert torch.equal(go_on(session, ids), wanted)
+
+
+@contextmanager
+def rest_of_the_writer(rig: Rig, monkeypatch) -> Iterator[None]:
+    """Meanwhile nobody gives it any work."""
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.sessions.pager, "_out", queue.SimpleQueue())
+        yield
+
+
+def wait_for(reached: Callable[[], object]) -> None:
+    give_up_s = time.monotonic() + 10
+    while not reached():
+        assert time.monotonic() < give_up_s
+        time.sleep(0.001)
 
 
 def wait_settled(session: Session) -> None:
