@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -190,6 +190,35 @@ class Device(ABC):
         if size_bytes != src.numel():
             raise ValueError(f"copy of {src.numel()} bytes into {size_bytes}")
         self._issue_copy(dst, src, stream)
+        self._count(direction, size_bytes)
+
+    def copy_all(
+        self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: Stream, direction: Direction
+    ) -> None:
+        """`copy` for each (dst, src), in one call where the device can. They must not overlap, and run in any order.
+
+        A thread asks for Python's interpreter again after every call, and beside a busy thread that takes longer than
+        the call.
+
+        Raises:
+            TransferError: a copy was refused; those before it may have been issued, and are counted.
+        """
+        if len(copies) == 1:
+            self.copy(*copies[0], stream, direction)
+            return
+        for dst, src in copies:
+            if dst.numel() != src.numel():
+                raise ValueError(f"copy of {src.numel()} bytes into {dst.numel()}")
+        self._issue_copies(copies, stream, direction)
+
+    def _issue_copies(
+        self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: Stream, direction: Direction
+    ) -> None:
+        """Issue and count all of them. Here one by one; a device that takes a batch overrides it."""
+        for dst, src in copies:
+            self.copy(dst, src, stream, direction)
+
+    def _count(self, direction: Direction, size_bytes: int) -> None:
         with self._count_lock:
             self._counts[direction] += size_bytes
 

@@ -10,17 +10,18 @@ A call costs a few microseconds of Python: property structures are built once, b
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from cuda.bindings import driver
 
-from djinn_core.device.base import Device, Event, Stream
+from djinn_core.device.base import Device, Direction, Event, Stream
 from djinn_core.errors import DeviceError, OutOfDeviceMemory, PinningRefused, TransferError
 
 _OUT_OF_MEMORY = driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
 _PORTABLE = driver.CU_MEMHOSTREGISTER_PORTABLE
+BATCHES_FROM = 12_080  # the CUDA version of the driver that has cuMemcpyBatchAsync; older ones get a call per copy
 
 
 def describe(call: str, code: driver.CUresult) -> str:
@@ -34,6 +35,14 @@ def checked(call: str, result: tuple[Any, ...]) -> Any:
     if result[0]:
         raise DeviceError(describe(call, result[0]))
     return result[1] if len(result) == 2 else None
+
+
+def check_copy(dst: torch.Tensor, src: torch.Tensor) -> None:
+    """Both sides are contiguous bytes, or TransferError."""
+    if dst.dtype is not torch.uint8 or src.dtype is not torch.uint8:
+        raise TransferError(f"a copy is of uint8 tensors, not {src.dtype} into {dst.dtype}")
+    if not (dst.is_contiguous() and src.is_contiguous()):
+        raise TransferError("a copy is of contiguous tensors")
 
 
 class _Bytes:
@@ -77,6 +86,11 @@ class CudaDevice(Device):
         access.location = location
         access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
         self._access = [access]
+
+        order = driver.CUmemcpyAttributes()
+        order.srcAccessOrder = driver.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
+        self._in_stream_order = [order]
+        self._takes_batches = checked("cuDriverGetVersion", driver.cuDriverGetVersion()) >= BATCHES_FROM
 
         minimum = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
         self._enter()
@@ -188,10 +202,7 @@ class CudaDevice(Device):
             raise DeviceError(f"{self.name} failed in queued work, its context is lost: {error}") from error
 
     def _issue_copy(self, dst: torch.Tensor, src: torch.Tensor, stream: Stream) -> None:
-        if dst.dtype is not torch.uint8 or src.dtype is not torch.uint8:
-            raise TransferError(f"a copy is of uint8 tensors, not {src.dtype} into {dst.dtype}")
-        if not (dst.is_contiguous() and src.is_contiguous()):
-            raise TransferError("a copy is of contiguous tensors")
+        check_copy(dst, src)
         size_bytes = dst.numel()
         if not size_bytes:
             return
@@ -199,6 +210,29 @@ class CudaDevice(Device):
         code = driver.cuMemcpyAsync(dst.data_ptr(), src.data_ptr(), size_bytes, stream.cuda_stream)[0]
         if code:
             raise TransferError(f"{describe('cuMemcpyAsync', code)} for {size_bytes:,} bytes; nothing was copied")
+
+    def _issue_copies(
+        self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: Stream, direction: Direction
+    ) -> None:
+        if not self._takes_batches:
+            super()._issue_copies(copies, stream, direction)
+            return
+        for dst, src in copies:
+            check_copy(dst, src)
+        full = [(dst, src) for dst, src in copies if dst.numel()]
+        if not full:
+            return
+        targets = [driver.CUdeviceptr(dst.data_ptr()) for dst, _ in full]
+        sources = [driver.CUdeviceptr(src.data_ptr()) for _, src in full]
+        sizes = [dst.numel() for dst, _ in full]
+        self._enter()
+        code = driver.cuMemcpyBatchAsync(
+            targets, sources, sizes, len(full), self._in_stream_order, [0], 1, stream.cuda_stream
+        )[0]
+        if code:
+            what = f"{len(full)} copies of {sum(sizes):,} bytes"
+            raise TransferError(f"{describe('cuMemcpyBatchAsync', code)} for {what}; nothing was copied")
+        self._count(direction, sum(sizes))
 
     def pin(self, address: int, size_bytes: int) -> None:
         self._enter()

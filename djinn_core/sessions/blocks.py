@@ -154,7 +154,7 @@ class Block(Stored):
 
     def end_bytes(self) -> int:
         """The furthest that any holder can see."""
-        return max((table.end_bytes(self) for table in self.holders), default=0)
+        return max([table.end_bytes(self) for table in tuple(self.holders)], default=0)
 
     def forget_past(self, end_bytes: int) -> None:
         """What lies past `end_bytes` will be overwritten: no copy of it is right any more."""

@@ -419,9 +419,10 @@ class BringIn:
             return 0
         stored = source or block
         size_bytes = self.holding.table.end_bytes(source) if source else block.host_valid_bytes
-        for at in range(0, size_bytes, PIECE_BYTES):
-            end = min(at + PIECE_BYTES, size_bytes)
-            device.copy(target[at:end], stored.host.tensor[at:end], stream, Direction.H2D)
+        if size_bytes:
+            there = stored.host.tensor
+            spans = [(at, min(at + PIECE_BYTES, size_bytes)) for at in range(0, size_bytes, PIECE_BYTES)]
+            device.copy_all([(target[at:end], there[at:end]) for at, end in spans], stream, Direction.H2D)
         return size_bytes
 
     def _commit(self, step: Step, ready: object) -> Block | None:

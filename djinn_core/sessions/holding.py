@@ -116,12 +116,12 @@ class Holding:
     @property
     def device_bytes(self) -> int:
         """Physical memory behind this region, shared blocks included."""
-        return sum(block.size_bytes for block in self.mapped.values())
+        return sum(block.size_bytes for block in list(self.mapped.values()))
 
     @property
     def own_device_bytes(self) -> int:
         """What its leaving would free."""
-        return sum(block.size_bytes for block in self.mapped.values() if len(block.places) == 1)
+        return sum(block.size_bytes for block in list(self.mapped.values()) if len(block.places) == 1)
 
     def start_of(self, first: int, new: int) -> int:
         """The length at the beginning of a pass over `new` tokens that enters at layer `first`."""
@@ -134,11 +134,12 @@ class Holding:
 
     def dirty(self, block: Block) -> bool:
         """The block would lose bytes if it were unmapped here now."""
-        return self.last_place(block) and block.host_valid_bytes < block.end_bytes()
+        return block.host_valid_bytes < block.end_bytes() and self.last_place(block)
 
     def last_place(self, block: Block) -> bool:
         """Nobody else keeps it on the device. Two that share it may be leaving at once: each must see to it then."""
-        return all(place is self or place.moving or place.leaving for place in block.places)
+        return all(place is self or place.moving or place.leaving for place in tuple(block.places))
 
     def is_clean(self) -> bool:
-        return not any(self.dirty(block) for block in self.mapped.values())
+        """May be asked without the lock, for an answer that may be old by then."""
+        return not any(self.dirty(block) for block in list(self.mapped.values()))

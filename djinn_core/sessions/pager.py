@@ -411,7 +411,7 @@ class Pager(Lineages):
                 self.evict(holding, released=True)
             if holding.state is SessionState.PAUSED:
                 self._clean(holding)
-        except BaseException as error:  # noqa: BLE001 - the thread's edge: `wait_until` tells whoever waits
+        except BaseException as error:  # the thread's edge: `wait_until` tells whoever waits
             holding.trouble = told(error, holding, "its write-back", "on the device; resume and pause it to try again")
             self.log(holding, f"stays dirty ({error!r})")
             if threading.current_thread() is not self._writer and not isinstance(error, Exception):

@@ -297,9 +297,10 @@ class Room:
             return False
 
     def _candidates(self, keep: Holding | None, limit_s: float | None, tried: set[str]) -> list[Candidate]:
+        """Who could leave. How clean each is takes a walk over its blocks, outside of the lock; `evict` looks again."""
         with self.lock:
-            return [
-                Candidate(h.id, h.own_device_bytes, h.is_clean(), h.last_use_s, h.expected_resume_s)
+            able = [
+                h
                 for h in self.holdings.values()
                 if h is not keep
                 and h.id not in tried
@@ -310,3 +311,4 @@ class Room:
                 and not h.being_brought
                 and (limit_s is None or h.expected_resume_s is None or h.expected_resume_s > limit_s)
             ]
+        return [Candidate(h.id, h.own_device_bytes, h.is_clean(), h.last_use_s, h.expected_resume_s) for h in able]

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 from djinn_core.device.base import Direction, Event
 from djinn_core.errors import CapacityError, DjinnError
 from djinn_core.sessions.blocks import Block
@@ -120,7 +122,7 @@ def _issue(
     room: Room, holding: Holding, todo: list[Copy], groups: list[Group], optional: bool, begun: Event
 ) -> CapacityError | None:
     """Issue what the host has room for, `begun` before and an event behind each group; why it was not all."""
-    stream, memory = room.d2h, holding.region.tensor
+    memory = holding.region.tensor
     copies: list[Copy] = []
     size_bytes, full = 0, None
     for copy in todo:
@@ -131,21 +133,25 @@ def _issue(
         except CapacityError as error:
             full = error
             break
-        source = memory[block.offset + begin : block.offset + end]
-        if not groups and not copies:
-            begun.record(stream)
-        room.device.copy(block.host.tensor[begin:end], source, stream, Direction.D2H)
         copies.append(copy)
         size_bytes += end - begin
         if size_bytes >= GROUP_BYTES:
-            _close(room, groups, copies)
+            _issue_group(room, memory, groups, copies, begun)
             copies, size_bytes = [], 0
     if copies:
-        _close(room, groups, copies)
+        _issue_group(room, memory, groups, copies, begun)
     return full
 
 
-def _close(room: Room, groups: list[Group], copies: list[Copy]) -> None:
+def _issue_group(room: Room, memory: torch.Tensor, groups: list[Group], copies: list[Copy], begun: Event) -> None:
+    """All copies of a group in one call, and the event behind them; `begun` before the first group."""
+    pairs = [
+        (block.host.tensor[begin:end], memory[block.offset + begin : block.offset + end])
+        for block, begin, end, _ in copies
+    ]
+    if not groups:
+        begun.record(room.d2h)
+    room.device.copy_all(pairs, room.d2h, Direction.D2H)
     event = room.device.event()
     event.record(room.d2h)
     groups.append((copies, event))

@@ -134,7 +134,7 @@ def test_a_caller_who_only_looks_is_not_held_up(rig: Rig, monkeypatch) -> None:
     session, ids, wanted = begun(rig, 1)
     with rest_of_the_writer(rig, monkeypatch):
         session.pause(release=True)
-        with pytest.raises(TimeoutError, match="not released within 0.01 s"):
+        with pytest.raises(TimeoutError, match=r"not released within 0\.01 s"):
             session.wait_until("released", 0.01)
         assert session._holding.unstarted and session.state is SessionState.PAUSED
         session.wait_until("released", 10)

@@ -36,7 +36,7 @@ class MemoryTrace:
         self._stack = ExitStack()
 
     def arriving(self, sessions: int) -> None:
-        """So many sessions are there now, the last of them still arriving."""
+        """So many sessions are there now, the last of them still arriving (and off the device until it has memory)."""
         self._sessions = sessions
 
     def __enter__(self) -> MemoryTrace:
@@ -50,8 +50,8 @@ class MemoryTrace:
             now_s = time.monotonic() - self._sampler.began_s
             self._marks.append((now_s, self._sessions, self.phase))
             if self.runtime is not None:
-                away = sum(1 for info in self.runtime.sessions() if info.device_bytes == 0)
-                self._ledger.append((now_s, self.runtime.memory(), away))
+                memory = self.runtime.memory()  # cheap; a walk over all sessions would hold up what is measured
+                self._ledger.append((now_s, memory, self._sessions - len(memory.kv_by_session)))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
