@@ -288,7 +288,9 @@ class Pager(Lineages):
                 holding.prefetch_failed |= not isinstance(job.error, OutOfDeviceMemory)
                 if not any(job.arrival) and job in holding.jobs:
                     holding.jobs.remove(job)
-            self._settle_state(holding, job.error)
+            taken_over = job.prefetch and holding.state is SessionState.RESUMING  # the resume's own bring-in decides
+            if not taken_over or isinstance(job.error, IntegrityError):
+                self._settle_state(holding, job.error)
             if job.prefetch and not job.error:
                 self.log(holding, "prefetched", job.bytes)
 

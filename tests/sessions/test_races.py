@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from djinn_core.errors import OutOfDeviceMemory
 from djinn_core.sessions import Session, SessionState, snapshot
 from tests.sessions.oracle import Oracle, prompt
 from tests.sessions.rigs import MakeRig, Rig
@@ -155,3 +156,35 @@ def test_checkpoints_of_a_running_session_make_room_on_the_host(make_rig: MakeRi
         assert session.state in (SessionState.RUNNING, SessionState.RESUMING)
     assert torch.equal(session.forward(likely(first)), oracle.forward(likely(first)))
     assert any(event.event == "disk_write" for event in rig.sessions.pager.events)
+
+
+def test_a_prefetch_that_fails_under_a_resume_leaves_it_resumed(make_rig: MakeRig, monkeypatch) -> None:
+    """The resume has taken over; were the session paused by that failure, it could be evicted in the middle of a pass."""
+    rig = make_rig()
+    pager = rig.sessions.pager
+    session, ids, wanted = begun(rig)
+    session.pause(release=True)
+    session.wait_until("released", 10)
+    asked, go_on, acquire = threading.Event(), threading.Event(), pager.acquire
+
+    def refuse_ahead(holding, sizes, limit_s=None):
+        if threading.current_thread().name == "djinn-ahead":
+            asked.set()
+            assert go_on.wait(10)
+            raise OutOfDeviceMemory("others are expected sooner", needed_bytes=1, free_bytes=0)
+        return acquire(holding, sizes, limit_s)
+
+    monkeypatch.setattr(pager, "acquire", refuse_ahead)
+    monkeypatch.setattr(pager, "take_free", lambda owner, sizes: None)
+    session.prefetch()
+    assert asked.wait(10)
+    monkeypatch.undo()
+    resuming = threading.Thread(target=session.resume)
+    resuming.start()
+    with pager.lock:
+        assert pager.lock.wait_for(lambda: session.state is SessionState.RESUMING, 10)
+    go_on.set()
+    resuming.join(10)
+    session.wait_until("restored", 10)
+    assert session.state is SessionState.RUNNING
+    assert torch.equal(session.forward(ids), wanted)
