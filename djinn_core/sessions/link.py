@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from djinn_core.sessions.bringin import BringIn
     from djinn_core.sessions.pager import Pager
 
-IN_FLIGHT_BYTES = 64 << 20
+IN_FLIGHT_BYTES = 96 << 20  # three layers of a long session: 2 ms in which a thread gets Python's interpreter
 TICK_S = 0.05
 
 

@@ -163,9 +163,16 @@ def test_the_rates_that_an_experiment_uses_decide(experiment: str, decides: set,
 
 
 def test_an_experiment_without_an_entry_uses_every_rate() -> None:
-    section = limits.bracket("new", STEADY, STEADY | {"d2h_gbps": 51.5}, {"limits": DRIFT})
+    section = limits.bracket("new", "a", STEADY, STEADY | {"d2h_gbps": 51.5}, {"limits": DRIFT})
     assert section["drift_of"] == list(limits.RATES)
     assert limits.moved(section) == {"d2h_gbps": pytest.approx(0.03)}
+
+
+def test_drift_does_not_decide_about_a_reference() -> None:
+    """It says which tokens are right, however fast the link is; all others would be without one."""
+    section = limits.bracket("pressure", "reference", STEADY, STEADY | {"d2h_gbps": 40.0}, {"limits": DRIFT})
+    assert section["drift_of"] == [] and section["drift"] == 0.0 and not limits.moved(section)
+    assert section["drift_by_rate"]["d2h_gbps"] == pytest.approx(0.2)
 
 
 def test_without_a_gpu_drift_decides_nothing_and_says_so(tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def experiment(
         took_s = time.monotonic() - began_s
         give_back_memory(device)
         after = measure(device, config["machine"])
-        result.limits = limits.bracket(experiment, before, after, config["machine"])
+        result.limits = limits.bracket(experiment, system, before, after, config["machine"])
         result.machine["state"]["after"] = machine.state(uuid)
     judge(result)
     result.write(args.out)

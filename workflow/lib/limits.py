@@ -35,8 +35,14 @@ def drift(before: dict[str, float | None], after: dict[str, float | None]) -> di
     }
 
 
+def rates_used(experiment: str, system: str) -> tuple[str, ...]:
+    """The rates whose drift decides about a result. A reference says what is right, and nothing of it is a time."""
+    return () if system == "reference" else RATES_USED.get(experiment, RATES)
+
+
 def bracket(
     experiment: str,
+    system: str,
     before: dict[str, float | None],
     after: dict[str, float | None],
     machine_settings: dict[str, Any],
@@ -50,7 +56,7 @@ def bracket(
         name: None if before[name] is None or after[name] is None else (before[name] + after[name]) / 2
         for name in RATES
     }
-    by_rate, used = drift(before, after), RATES_USED.get(experiment, RATES)
+    by_rate, used = drift(before, after), rates_used(experiment, system)
     section = means | {
         "before": before,
         "after": after,

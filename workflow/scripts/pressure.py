@@ -36,7 +36,7 @@ from workflow.scripts.resume_methods.manual_offload import (
 )
 
 SYSTEMS = ("reference", "eager", "manual_offload", "djinn", "djinn_uncapped")
-SWITCH_INTERVAL_S = 0.0005  # Python's own 5 ms let one caller's thread hold up another's copies for as long
+SWITCH_INTERVAL_S = 0.0001  # Python's own 5 ms let one caller's thread hold up another's copies for as long
 STOCK_ALLOCATOR = "expandable_segments:True"  # stock caches grow by a token: without this a quarter of the cap is holes
 
 
