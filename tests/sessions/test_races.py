@@ -159,7 +159,7 @@ def test_checkpoints_of_a_running_session_make_room_on_the_host(make_rig: MakeRi
 
 
 def test_a_prefetch_that_fails_under_a_resume_leaves_it_resumed(make_rig: MakeRig, monkeypatch) -> None:
-    """The resume has taken over; were the session paused by that failure, it could be evicted in the middle of a pass."""
+    """The resume has taken over: a session that was paused by that failure could be evicted in the middle of a pass."""
     rig = make_rig()
     pager = rig.sessions.pager
     session, ids, wanted = begun(rig)
