@@ -80,6 +80,7 @@ class CodedStore:
             self._codec.stream.synchronize()
             raise
         finally:
+            self._codec.end_encoding()
             scratch.free()
 
     def close(self) -> None:

@@ -68,6 +68,10 @@ class Codec(ABC):
             DeviceError: the codec failed; `out` holds nothing of use.
         """
 
+    def end_encoding(self) -> None:
+        """Give back what only `encode` needs. It may be called again all the same."""
+        return
+
     @abstractmethod
     def decoder(self, coded: Coded, source: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:
         """What queues, on `stream`, a decode of `source` (`coded.size_bytes` long) into `out`, each time it is called.
@@ -157,38 +161,49 @@ class NvcompAns(Codec):
         self._nvcomp = _nvcomp()
         self.name = f"nvCOMP {self._nvcomp.__version__}, ANS, <f2"
         self.stream = device.stream()
+        self._device = device
         self._nvcomp.set_device_allocator(_TorchBytes)
+        self._codec = self._open()
+        self._encoder: Any = None  # apart, since what it took to encode would stay with it
+
+    def _open(self) -> Any:
         try:
-            self._codec = self._nvcomp.Codec(
+            return self._nvcomp.Codec(
                 algorithm="ANS",
                 data_type="<f2",
-                device_id=device.torch_device.index,
+                device_id=self._device.torch_device.index,
                 cuda_stream=self.stream.cuda_stream,
                 uncomp_chunk_size=CHUNK_BYTES,
             )
         except RuntimeError as error:
-            raise DeviceError(f"nvCOMP {self._nvcomp.__version__} does not start on {device.name}: {error}") from error
+            raise DeviceError(f"{self.name} does not start on {self._device.name}: {error}") from error
 
     def bound_bytes(self, size_bytes: int) -> int:
         # nvCOMP 6 says 1.1975 for a chunk, and adds sizes and offsets; a block is at least a chunk. `encode` asks again
         return size_bytes + size_bytes // 4 + 4 * CHUNK_BYTES
 
     def encode(self, block: torch.Tensor, out: torch.Tensor) -> Coded:
+        if self._encoder is None:
+            self._encoder = self._open()
         try:
             source = self._nvcomp.as_array(block.view(torch.float16))
-            needed_bytes = self._codec.get_max_comp_buffer_size(source)
+            needed_bytes = self._encoder.get_max_comp_buffer_size(source)
             if needed_bytes > out.numel():
                 raise DeviceError(
                     f"{self.name} may need {needed_bytes:,} bytes for a block of {block.numel():,}, and "
                     f"{out.numel():,} were planned; take another version of {PACKAGE}, or load without coding"
                 )
-            encoded = self._codec.encode(source, out=self._nvcomp.as_array(out))
+            encoded = self._encoder.encode(source, out=self._nvcomp.as_array(out))
             self.stream.synchronize()
             size_bytes = int(encoded.buffer_size)
             how = self._codec.decompression_config(self._nvcomp.as_array(out[:size_bytes]))
         except (RuntimeError, ValueError) as error:
             raise self._failed("code", block.numel(), error) from error
         return Coded(size_bytes, how)  # with it a decode need not read the block's header back, which would wait
+
+    def end_encoding(self) -> None:
+        self._encoder = None
+        torch.cuda.empty_cache()
 
     def decoder(self, coded: Coded, source: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:
         decode, how = self._codec.decode, coded.how
