@@ -194,7 +194,14 @@ def test_a_slow_decoder_is_waited_for(rig):
 
 
 def test_the_host_holds_the_coded_bytes_and_no_scratch(rig):
-    r = rig(6, slots=2)
+    class Ends(ZlibPlanes):
+        ended = 0
+
+        def end_encoding(self):
+            self.ended += 1
+
+    r = rig(6, slots=2, codec=Ends)
+    assert r.codec.ended == 1
     assert r.host.held_bytes == r.store.size_bytes == sum(-(-b.numel() // 4096) * 4096 for b in r.store.blocks.values())
     assert r.store.size_bytes < 0.85 * sum(r.plan.layer_bytes)
 
