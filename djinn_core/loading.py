@@ -20,6 +20,8 @@ from djinn_core.models import boundary
 from djinn_core.models.boundary import Boundary
 from djinn_core.models.source import WeightSource
 from djinn_core.models.stack import Stack, bind, build_meta_model, find_stack
+from djinn_core.weights.coded import CodedStore, CodedStreamer, scratch_bytes
+from djinn_core.weights.coding import Codec
 from djinn_core.weights.plan import Plan, Residency, make_plan
 from djinn_core.weights.resident import DeviceBlocks, load_resident, staging_bytes
 from djinn_core.weights.store import HostStore, Layout, Progress, pack, store_bytes, view
@@ -40,6 +42,7 @@ class LoadedModel:
         parameter_bytes: of all tensors, tied ones once.
         streamed_parameter_bytes: of the streamed layers' tensors: what a pass needs and does not find on the device.
         host_bytes: pinned host memory that the weights hold.
+        codec: the library and the method that code what streams; None where it streams as it is.
     """
 
     name: str
@@ -53,6 +56,7 @@ class LoadedModel:
     parameter_bytes: int
     streamed_parameter_bytes: int
     host_bytes: int
+    codec: str | None
     _model: PreTrainedModel = field(repr=False)
     _release: ExitStack = field(repr=False)
     closed: bool = False
@@ -94,9 +98,10 @@ def load_model(
     slots: int | None,
     chunk_bytes: int | None,
     keep_free_bytes: int,
+    codec: Codec | None,
     progress: Progress | None,
 ) -> PreTrainedModel:
-    """Load `source` into the runtime's free memory; `model.djinn` is the LoadedModel.
+    """Load `source` into the runtime's free memory; `model.djinn` is the LoadedModel. What streams is coded by `codec`.
 
     Raises:
         CapacityError: the device's or the host's budget is too small; nothing is held, nothing was copied.
@@ -118,25 +123,35 @@ def load_model(
         resident_layers=resident_layers,
         chunk_bytes=chunk_bytes,
         granularity_bytes=device.granularity_bytes,
+        coded_bound=None if codec is None else codec.bound_bytes,
     )
     total = others.payload_bytes + sum(layout.payload_bytes for layout in layers)
     report = _Progress(progress, total)
     kept = [others] + [layers[layer] for layer in plan.resident]
-    _refuse_small_host(runtime.host, kept, [layers[layer] for layer in plan.streamed])
+    _refuse_small_host(runtime.host, kept, [layers[layer] for layer in plan.streamed], codec)
     with ExitStack() as held:
         resident = DeviceBlocks(device, pool, [layout.size_bytes for layout in kept], Kind.RESIDENT_WEIGHTS, name)
         held.callback(resident.close)
-        slot_memory: list[torch.Tensor] = []
+        ring_memory: list[torch.Tensor] = []
         if plan.slots:
-            ring = DeviceBlocks(device, pool, [plan.slot_bytes] * plan.slots, Kind.RING, name)
+            sizes = [plan.slot_bytes] * plan.slots + [plan.landing_bytes] * plan.landings
+            ring = DeviceBlocks(device, pool, sizes, Kind.RING, name)
             held.callback(ring.close)
-            slot_memory = ring.blocks
+            ring_memory = ring.blocks
+        slot_memory, landings = ring_memory[: plan.slots], ring_memory[plan.slots :]
         items = [(layout, block) for layout, block in zip(kept, resident.blocks, strict=True)]
         load_resident(device, runtime.host, source, items, name, report)
+        streamed = {layer: layers[layer] for layer in plan.streamed}
         blocks: dict[int, torch.Tensor] = {}
         host_bytes = 0
-        if plan.streamed:
-            store = HostStore(runtime.host, {layer: layers[layer] for layer in plan.streamed}, name)
+        if streamed and codec is not None:
+            coded = CodedStore(device, runtime.host, codec, name)
+            held.callback(coded.close)
+            coded.read(source, streamed, slot_memory[0], landings, report)
+            plan = plan.with_coded({layer: block.numel() for layer, block in coded.blocks.items()})
+            host_bytes = coded.size_bytes
+        elif streamed:
+            store = HostStore(runtime.host, streamed, name)
             held.callback(store.close)
             store.read(source, report)
             blocks, host_bytes = store.blocks, store.size_bytes
@@ -147,7 +162,10 @@ def load_model(
             tensors |= layers[layer].views(slot_memory[index % plan.slots])
         bind(model, tensors)
         rebinding = None if plan.stable_addresses else _rebinding(model, plan, layers, slot_memory)
-        streamer = Streamer(device, plan, blocks, slot_memory, rebinding)
+        if streamed and codec is not None:
+            streamer = CodedStreamer(device, plan, coded, codec, slot_memory, landings, rebinding)
+        else:
+            streamer = Streamer(device, plan, blocks, slot_memory, rebinding)
         wrapped = boundary.install(model, stack, streamer, runtime.turn)
         model.djinn = LoadedModel(
             name=name,
@@ -161,6 +179,7 @@ def load_model(
             parameter_bytes=total,
             streamed_parameter_bytes=sum(layers[layer].payload_bytes for layer in plan.streamed),
             host_bytes=host_bytes,
+            codec=codec.name if streamed and codec is not None else None,
             _model=model,
             _release=held.pop_all(),
         )
@@ -191,15 +210,19 @@ def _check_names(source: WeightSource, stack: Stack) -> None:
         )
 
 
-def _refuse_small_host(host: HostTier, kept: list[Layout], streamed: list[Layout]) -> None:
-    """All that the load will ask of the host, before it takes any: a large model is refused at once, not half read."""
-    staging, store = staging_bytes(kept), store_bytes(streamed)
+def _refuse_small_host(host: HostTier, kept: list[Layout], streamed: list[Layout], codec: Codec | None) -> None:
+    """All that the load is sure to ask of the host, before it takes any: a large model is refused at once, not half
+    read. What layers take coded is known only as they are coded; then only the room to read the largest is sure."""
+    staging, needs = staging_bytes(kept), f"its {len(streamed)} streamed layers take"
+    if codec is None:
+        store = store_bytes(streamed)
+    else:
+        store, needs = scratch_bytes(streamed), f"reading the largest of its {len(streamed)} streamed layers takes"
     needed_bytes, free_bytes = max(staging, store), host.free_bytes
     if needed_bytes > free_bytes:
         raise OutOfHostMemory(
-            f"the model does not fit its host budget: its {len(streamed)} streamed layers take {store:,} bytes there, "
-            f"reading the others {staging:,} for a while; nothing was copied; raise host_bytes, or budget_bytes so "
-            "that more layers stay on the device",
+            f"the model does not fit its host budget: {needs} {store:,} bytes there, reading the others {staging:,} "
+            "for a while; nothing was copied; raise host_bytes, or budget_bytes so that more layers stay on the device",
             needed_bytes=needed_bytes,
             free_bytes=free_bytes,
         )

@@ -37,6 +37,7 @@ from djinn_core.models.seeded import SeededSource
 from djinn_core.models.source import WeightSource, open_source
 from djinn_core.proof import TwinRuns
 from djinn_core.turn import Turn
+from djinn_core.weights.coding import open_codec
 from djinn_core.weights.plan import Residency
 
 if TYPE_CHECKING:
@@ -183,6 +184,7 @@ class Runtime:
         slots: int | None = None,
         chunk_bytes: int | None = None,
         keep_free_bytes: int = 0,
+        coding: Literal["ans"] | None = None,
         seed: int = 0,
         prove: bool = True,
         progress: Callable[[int, int], None] | None = None,
@@ -200,12 +202,15 @@ class Runtime:
             slots: of the ring; by default 4, or a near number at which addresses are stable.
             chunk_bytes: the largest single copy, at most a layer; 64 MiB by default.
             keep_free_bytes: device memory that ``"fill"`` must leave for sessions.
+            coding: ``"ans"`` keeps what streams losslessly coded on the host and decodes it on the device, so that
+                fewer bytes cross the link; for bfloat16 and float16. It takes two more buffers on the device, each
+                larger than a layer, and on a GPU the package nvidia-nvcomp-cu13.
             seed: of random weights.
             prove: run the model's two-layer twin against the stock model first, bit for bit.
             progress: called with (bytes done, bytes in all) as weights are read.
 
         Raises:
-            ConfigError: a setting is unknown or out of range.
+            ConfigError: a setting is unknown or out of range, or its library is not installed.
             UnsupportedModel: the twin differs from the stock model; the message says where.
             WeightsError: the checkpoint is incomplete or damaged.
             CapacityError: the budget of the device or the host is too small; carries bytes needed and free.
@@ -216,6 +221,7 @@ class Runtime:
             weights: WeightSource = source
         else:
             weights = open_source(source, dtype=dtype, seed=seed)
+        codec = open_codec(self.device, coding, weights.dtype)
         if prove:
             twin.prove(weights.config, weights.dtype, TwinRuns(_emulated))
         name = f"model {next(self._names)}"
@@ -227,6 +233,7 @@ class Runtime:
             slots=slots,
             chunk_bytes=chunk_bytes,
             keep_free_bytes=keep_free_bytes,
+            codec=codec,
             progress=progress,
         )
         self._models[name] = model

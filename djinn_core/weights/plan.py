@@ -7,12 +7,17 @@ layers that need nothing from it.
 A slot belongs to a position in the stream of passes, position = pass x streamed layers + index. Where the number of
 slots divides the number of streamed layers, a layer meets the same slot in every pass and its addresses are stable;
 the default number of slots is chosen so when it can be.
+
+With lossless coding a layer crosses the link coded, into one of two landing buffers, and is decoded from there into its
+slot. How small it becomes is known only when it has been coded; so the plan is made with the most that a coded layer
+can take, and gets the sizes once they are known (`with_coded`). Not taken: to plan with an expected ratio, which would
+promise device memory on a guess.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -22,6 +27,7 @@ Residency = Literal["fill", "none", "all"] | int
 
 DEFAULT_CHUNK_BYTES = 64 << 20
 DEFAULT_SLOTS = (4, 3, 5, 2)  # in the order of preference; two already keep the link busy when compute is short
+LANDINGS = 2  # one is filled while the other is decoded, which takes a small part of the time of the copy
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,10 @@ class Plan:
         slot_bytes: size of a slot, the largest streamed layer rounded up to the granularity.
         chunk_bytes: the largest single copy.
         granularity_bytes: the smallest piece of device memory; each layer and slot is rounded up to it.
+        landings: buffers in which coded layers arrive; 0 without coding.
+        landing_bytes: size of one, the most that the largest streamed layer can take coded, rounded up.
+        coded_bytes: what each layer takes coded, in layer order, with its own size for one that stays; None without
+            coding, and before the weights are coded.
     """
 
     layer_bytes: tuple[int, ...]
@@ -47,11 +57,14 @@ class Plan:
     slot_bytes: int
     chunk_bytes: int
     granularity_bytes: int = 1
+    landings: int = 0
+    landing_bytes: int = 0
+    coded_bytes: tuple[int, ...] | None = None
 
     @property
     def ring_bytes(self) -> int:
-        """Device bytes of all slots."""
-        return self.slots * self.slot_bytes
+        """Device bytes of all slots and landing buffers."""
+        return self.slots * self.slot_bytes + self.landings * self.landing_bytes
 
     @property
     def resident_bytes(self) -> int:
@@ -64,10 +77,21 @@ class Plan:
         """Device bytes in all."""
         return self.resident_bytes + self.ring_bytes
 
+    @property
+    def link_bytes(self) -> tuple[int, ...]:
+        """What each layer takes on the link: its coded size once it has one."""
+        return self.layer_bytes if self.coded_bytes is None else self.coded_bytes
+
     @cached_property
     def streamed_bytes_per_pass(self) -> int:
         """Bytes that cross the link in one whole pass."""
-        return sum(self.layer_bytes[layer] for layer in self.streamed)
+        return sum(self.link_bytes[layer] for layer in self.streamed)
+
+    @cached_property
+    def coded_ratio(self) -> float:
+        """Bytes on the link over bytes of the layers that stream; 1 without coding, and where nothing streams."""
+        whole_bytes = sum(self.layer_bytes[layer] for layer in self.streamed)
+        return self.streamed_bytes_per_pass / whole_bytes if whole_bytes else 1.0
 
     @property
     def stable_addresses(self) -> bool:
@@ -76,12 +100,17 @@ class Plan:
 
     def chunks(self, layer: int) -> tuple[tuple[int, int], ...]:
         """The copies that bring `layer`: (offset, size) in order, covering its block exactly."""
-        size, step = self.layer_bytes[layer], self.chunk_bytes
+        size, step = self.link_bytes[layer], self.chunk_bytes
         return tuple((offset, min(step, size - offset)) for offset in range(0, size, step))
 
     def pass_s(self, link_gbps: float) -> float:
         """The time that the link needs for one pass, in seconds, at a measured rate."""
         return self.streamed_bytes_per_pass / (link_gbps * 1e9)
+
+    def with_coded(self, coded_bytes: Mapping[int, int]) -> Plan:
+        """The same plan, once each streamed layer is known to take `coded_bytes[layer]` on the link."""
+        sizes = (coded_bytes.get(layer, size) for layer, size in enumerate(self.layer_bytes))
+        return replace(self, coded_bytes=tuple(sizes))
 
 
 def round_up(size_bytes: int, to: int) -> int:
@@ -98,6 +127,7 @@ def make_plan(
     resident_layers: Residency = "fill",
     chunk_bytes: int | None = None,
     granularity_bytes: int = 1,
+    coded_bound: Callable[[int], int] | None = None,
 ) -> Plan:
     """The plan for a model of these sizes within `budget_bytes` of device memory.
 
@@ -109,6 +139,7 @@ def make_plan(
         resident_layers: ``"fill"`` keeps as many layers as the budget holds beside the ring, ``"none"`` and ``"all"``
             say so, a number says how many.
         chunk_bytes: the largest single copy, at most a slot; by default 64 MiB, or a slot where that is less.
+        coded_bound: the most bytes that a layer of so many can take coded; None without coding.
 
     Raises:
         ConfigError: a setting is out of range, or a chunk is larger than a slot.
@@ -121,9 +152,13 @@ def make_plan(
     def plan(kept: int, wanted_slots: int) -> Plan:
         resident = spread(kept, depth)
         streamed = tuple(sorted(set(range(depth)) - set(resident)))
-        slot_bytes = round_up(max((sizes[layer] for layer in streamed), default=0), g)
+        largest = max((sizes[layer] for layer in streamed), default=0)
+        slot_bytes = round_up(largest, g)
         chunk = chunk_bytes or min(DEFAULT_CHUNK_BYTES, max(slot_bytes, 1))
-        return Plan(sizes, other_bytes, resident, streamed, min(wanted_slots, len(streamed)), slot_bytes, chunk, g)
+        slots = min(wanted_slots, len(streamed))
+        landings = LANDINGS if coded_bound is not None and streamed else 0
+        landing_bytes = round_up(coded_bound(largest), g) if landings else 0
+        return Plan(sizes, other_bytes, resident, streamed, slots, slot_bytes, chunk, g, landings, landing_bytes)
 
     def most(wanted_slots: int) -> Plan | None:
         """The plan that keeps the most layers with this many slots, or None when not even none fits."""
@@ -144,8 +179,10 @@ def make_plan(
     if chosen is None:
         raise OutOfDeviceMemory(
             f"the model does not fit its device budget: what must be resident takes {smallest.resident_bytes:,} bytes "
-            f"and a ring of {smallest.slots} slots of {smallest.slot_bytes:,} takes {smallest.ring_bytes:,}; nothing "
-            "was copied; raise budget_bytes, lower activation_bytes, or keep fewer layers resident",
+            f"and a ring of {smallest.slots} slots of {smallest.slot_bytes:,}"
+            + (f" and {smallest.landings} landing buffers" if smallest.landings else "")
+            + f" takes {smallest.ring_bytes:,}; nothing was copied; raise budget_bytes, lower activation_bytes, or "
+            "keep fewer layers resident",
             needed_bytes=smallest.device_bytes,
             free_bytes=budget_bytes,
         )

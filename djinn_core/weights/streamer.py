@@ -69,7 +69,7 @@ class Streamer:
     ) -> None:
         """
         Args:
-            blocks: for each streamed layer its pinned uint8 block, `plan.layer_bytes[layer]` long.
+            blocks: for each streamed layer its pinned uint8 block, `plan.link_bytes[layer]` long.
             slots: `plan.slots` uint8 tensors of `plan.slot_bytes` on the device.
             rebinding: for each (layer, slot) the parameters to point into that slot; None where addresses are stable.
         """
@@ -79,7 +79,7 @@ class Streamer:
         self.total_moved_bytes = 0
         self._device = device
         self._blocks = blocks
-        self._slot_memory = slots
+        self._arrivals = slots  # where copies land
         self._rebinding = rebinding
         self._index = [-1] * len(plan.layer_bytes)
         for index, layer in enumerate(plan.streamed):
@@ -130,7 +130,7 @@ class Streamer:
         count = self._count
         count.layers.append(layer)
         count.moved_bytes += slot.filled_bytes
-        count.planned_bytes += self.plan.layer_bytes[layer]
+        count.planned_bytes += self.plan.link_bytes[layer]
         if self._rebinding is not None:
             for parameter, memory in self._rebinding[layer, slot.index]:
                 parameter.data = memory
@@ -194,7 +194,7 @@ class Streamer:
         for layer in self.plan.streamed:
             if size_bytes >= BORDER_BYTES:
                 break
-            size_bytes += self.plan.layer_bytes[layer]
+            size_bytes += self.plan.link_bytes[layer]
             count += 1
         return count
 
@@ -223,27 +223,35 @@ class Streamer:
         slot.step(SlotStep.FILL)
         slot.position = position
         slot.filled_bytes = 0
-        stream = self._h2d
         try:
-            self._wait_consumed(slot)
-            for dst, src in self._copy_list(layer, slot.index):
-                self._device.copy(dst, src, stream, Direction.H2D)
-                slot.filled_bytes += dst.numel()
-            slot.ready.record(stream)
+            self._bring(layer, slot)
         except DeviceError:
             slot.step(SlotStep.DROP)
             raise
         self.total_moved_bytes += slot.filled_bytes
         slot.step(SlotStep.FILLED)
 
+    def _bring(self, layer: int, slot: Slot) -> None:
+        """Queue what puts `layer` into the slot, count its copies, and record `ready` behind it."""
+        self._wait_consumed(slot)
+        self._copy(layer, slot, slot.index)
+        slot.ready.record(self._h2d)
+
+    def _copy(self, layer: int, slot: Slot, arrival: int) -> None:
+        """Queue the copies of `layer` into that arrival, counted to `slot`."""
+        stream = self._h2d
+        for dst, src in self._copy_list(layer, arrival):
+            self._device.copy(dst, src, stream, Direction.H2D)
+            slot.filled_bytes += dst.numel()
+
     def _wait_consumed(self, slot: Slot) -> None:
         self._h2d.wait_event(slot.consumed)
 
-    def _copy_list(self, layer: int, slot: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The chunks of `layer` for `slot`, as views made once."""
-        copies = self._copies.get((layer, slot))
+    def _copy_list(self, layer: int, arrival: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The chunks of `layer` for that arrival, as views made once."""
+        copies = self._copies.get((layer, arrival))
         if copies is None:
-            block, memory = self._blocks[layer], self._slot_memory[slot]
+            block, memory = self._blocks[layer], self._arrivals[arrival]
             copies = [(memory[at : at + n], block[at : at + n]) for at, n in self.plan.chunks(layer)]
-            self._copies[layer, slot] = copies
+            self._copies[layer, arrival] = copies
         return copies

@@ -79,6 +79,39 @@ def test_a_streamed_model_equals_the_resident_one(want, how):
         assert runtime.device.copied.h2d_bytes - before == passes * plan.streamed_bytes_per_pass + ahead
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"resident_layers": "none"},
+        {"resident_layers": "none", "slots": 3, "chunk_bytes": 4 * MIB},
+        {"resident_layers": 7, "slots": 2, "chunk_bytes": 1 * MIB},
+        {"resident_layers": 1, "slots": 1},
+    ],
+    ids=str,
+)
+def test_a_coded_model_equals_the_resident_one_and_moves_less(want, how):
+    pytest.importorskip("nvidia.nvcomp")
+    nvml = ContextMeasurement("cuda:0")
+    with Runtime("cuda:0", budget_bytes=4 << 30, **HOST) as runtime:
+        model = runtime.load(CONFIG, dtype=torch.bfloat16, coding="ans", **how)
+        before = runtime.device.copied.h2d_bytes
+        for got, expected in zip(answers(model), want, strict=True):
+            assert torch.equal(got.cpu(), expected)
+        plan, count = model.djinn.plan, model.djinn.last_pass
+        assert model.djinn.codec.startswith("nvCOMP")
+        assert count.moved_bytes == plan.streamed_bytes_per_pass < 0.8 * model.djinn.streamed_parameter_bytes
+        assert model.djinn.host_bytes < 0.8 * model.djinn.streamed_parameter_bytes
+        passes = 3 + 12
+        ahead = sum(plan.link_bytes[layer] for layer in plan.streamed[: plan.slots])
+        assert runtime.device.copied.h2d_bytes - before == passes * plan.streamed_bytes_per_pass + ahead
+        held = runtime.memory()
+        assert held.resident_weights_bytes + held.ring_bytes == plan.device_bytes
+        torch.cuda.synchronize()
+        assert nvml.free_before_bytes - ContextMeasurement("cuda:0").free_before_bytes <= runtime.budget_bytes
+        runtime.unload(model)
+        assert runtime.pool.held_bytes == runtime.host.held_bytes == 0
+
+
 def test_the_process_keeps_within_its_budget(want):
     nvml = ContextMeasurement("cuda:0")
     free_before = nvml.free_before_bytes
@@ -94,9 +127,12 @@ def test_the_process_keeps_within_its_budget(want):
             torch.empty(600 * MIB, dtype=torch.uint8, device="cuda:0")
 
 
-def test_a_pass_queues_without_waiting_for_the_device(want):
+@pytest.mark.parametrize("coding", [None, "ans"])
+def test_a_pass_queues_without_waiting_for_the_device(want, coding):
+    if coding:
+        pytest.importorskip("nvidia.nvcomp")
     with Runtime("cuda:0", budget_bytes=4 << 30, **HOST) as runtime:
-        model = runtime.load(CONFIG, dtype=torch.bfloat16, resident_layers="none")
+        model = runtime.load(CONFIG, dtype=torch.bfloat16, resident_layers="none", coding=coding)
         answers(model)
         torch.cuda.synchronize()
         ids = IDS.cuda()

@@ -67,6 +67,8 @@ def test_a_bar_that_was_set_stays():
         "streaming-vs-deepspeed-tuned": ("at_least", 1.15),
         "streaming-vs-deepspeed": ("at_least", 1.3),
         "streaming-vs-accelerate": ("at_least", 6.5),
+        "streaming-coded-vs-deepspeed": ("at_least", 1.3),
+        "streaming-coded-first-token": ("at_most", 1.08),
         "streaming-filled-vs-accelerate": ("at_least", 5),
         "streaming-filled-as-planned": ("at_most", 1.05),
         "streaming-host-bytes": ("at_most", 1.05),

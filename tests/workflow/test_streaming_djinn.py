@@ -1,7 +1,8 @@
-"""Djinn's own streaming systems, as the experiment opens them: what they say of themselves, pinning above all."""
+"""Djinn's own streaming systems, as the experiment opens them: what they say of themselves, pinning and coding."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from djinn_core.device.cpu import CpuDevice
 from djinn_core.errors import PinningRefused
 from workflow.lib.config import load_config, section
-from workflow.lib.harness import Experiment, status_of
+from workflow.lib.harness import Experiment, Outcome, status_of
 from workflow.lib.progress import Progress
 from workflow.lib.results import Result
 from workflow.scripts.streaming_systems import djinn_ring, measure, resident
@@ -56,3 +57,30 @@ def test_where_the_settings_allow_it_the_result_says_that_memory_is_pageable(
     with djinn_ring.ring(exp, resident_layers="none", chunk_bytes=4096) as loaded, torch.inference_mode():
         measure.timed_pass(loaded, resident.seeded_prompt(256, 9, 0, torch.device("cpu")))
         assert loaded.settings["host_pinned"] is False
+
+
+def test_a_coded_pass_moves_the_coded_bytes_and_says_by_what_codec(tmp_path: Path) -> None:
+    exp = experiment(tmp_path, "required")
+    exp.config["dtype"] = "bfloat16"
+    with djinn_ring.ring(exp, resident_layers="none", chunk_bytes=4096, coding="ans") as loaded:
+        prompt = resident.seeded_prompt(256, 9, 0, torch.device("cpu"))
+        measure.timed_pass(loaded, prompt)
+        before_bytes = loaded.copied_bytes()
+        measure.timed_pass(loaded, prompt, passes=2)
+        assert loaded.copied_bytes() - before_bytes == 2 * loaded.planned_bytes
+        assert 0 < loaded.planned_bytes < 0.9 * loaded.streamed_bytes
+        assert loaded.settings["codec"].startswith("zlib") and 0.5 < loaded.settings["coded_ratio"] < 0.9
+        assert loaded.load_how == djinn_ring.CODED_HOW
+
+
+def test_weights_that_cannot_be_coded_are_unsupported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exp = experiment(tmp_path, "required")
+    how = {"resident_layers": "none", "chunk_bytes": 4096, "coding": "ans"}
+    with pytest.raises(Outcome, match="16-bit floats, and these weights are float32") as refused:
+        djinn_ring.ring(exp, **how).__enter__()
+    assert refused.value.status == "unsupported"
+    exp.config["dtype"], exp.device = "bfloat16", "cuda:0"
+    monkeypatch.setitem(sys.modules, "nvidia.nvcomp", None)
+    with pytest.raises(Outcome, match="needs nvidia-nvcomp-cu13") as refused:
+        djinn_ring.ring(exp, **how).__enter__()
+    assert refused.value.status == "unsupported"

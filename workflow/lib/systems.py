@@ -12,6 +12,7 @@ STREAMING_GROUPS = {
         "djinn_chunk64mib",
         "djinn_chunk128mib",
         "djinn_chunk512mib",
+        "djinn_ans",
     ),
     "cap filled": ("accelerate_device_map", "djinn_resident"),
 }

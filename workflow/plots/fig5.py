@@ -2,7 +2,8 @@
 
 The two groups, nothing resident and cap filled, are drawn on axes of their own: a system that may keep layers on the
 device is never put in one ratio with a system that may not. Each mark is the median with its bootstrap interval; each
-dark tick is the host-to-device rate measured around that very result.
+dark tick is the host-to-device rate measured around that very result. The effective rate is over the parameter bytes
+that a pass needs: where they cross the link losslessly coded, it may pass the tick, while the link's own rate may not.
 """
 
 from __future__ import annotations

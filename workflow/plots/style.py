@@ -32,6 +32,7 @@ LABELS = {
     "deepspeed_cpu": "DeepSpeed ZeRO-3",
     "deepspeed_cpu_tuned": "DeepSpeed ZeRO-3, tuned",
     "deepspeed_nvme": "DeepSpeed ZeRO-3, NVMe",
+    "djinn_ans": "Djinn, losslessly coded",
     "djinn_resident": "Djinn, cap filled",
     "eager": "eager",
     "recompute": "recompute",
@@ -44,7 +45,7 @@ LABELS = {
     "djinn_service": "Djinn, service",
 }
 HUES = (
-    ("djinn", "djinn_resident"),
+    ("djinn", "djinn_resident", "djinn_ans"),
     ("eager", "deepspeed_nvme"),
     ("manual_offload_pinned", "manual_offload", "deepspeed_cpu_tuned"),
     ("recompute", "accelerate_cpu_offload", "accelerate_device_map"),

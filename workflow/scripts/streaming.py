@@ -117,7 +117,8 @@ def opener(exp: harness.Experiment, system: str, prompt: torch.Tensor) -> Callab
 
     resident_layers = "fill" if system == "djinn_resident" else "none"
     chunk_bytes = exp.config["chunk_bytes"][system]
-    return partial(djinn_ring.ring, exp, resident_layers=resident_layers, chunk_bytes=chunk_bytes)
+    coding = "ans" if system == "djinn_ans" else None
+    return partial(djinn_ring.ring, exp, resident_layers=resident_layers, chunk_bytes=chunk_bytes, coding=coding)
 
 
 if __name__ == "__main__":
