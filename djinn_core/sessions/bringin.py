@@ -207,8 +207,12 @@ class BringIn:
         return True
 
     def step(self) -> tuple[Event | None, int]:
-        """Copy the next layer, mapped first if it is not yet; the event behind its copies, and their bytes."""
-        stream, before = self._pager.h2d, self.bytes
+        """Copy the next layer, mapped first if it is not yet; the event behind its copies, and their bytes.
+
+        The first layer of a resume does not queue behind what others have in flight: it has a stream of its own.
+        """
+        begins = not self.prefetch and len(self._left) == len(self.order)
+        stream, before = self._pager.h2d_first if begins else self._pager.h2d, self.bytes
         layer = self._left[0]
         row = self._steps[layer]
         if self._ahead:
@@ -237,6 +241,8 @@ class BringIn:
         """Nothing more will be issued. Called once, and raises nothing: `error` tells whoever waits."""
         try:
             self._release()
+            if (first := self.arrival[self.order[0]] if self.order else None) is not None:
+                self._pager.h2d.wait_event(first)
             self.restored.record(self._pager.h2d)
         except BaseException as failure:  # noqa: BLE001 - a worker's edge: whoever waits for this is told
             error = error or self._told(failure)

@@ -1,9 +1,10 @@
 """The link to the device: bring-ins under way share it layer by layer, the most urgent first.
 
 One worker issues. Before each layer it asks again who is the most urgent, and it keeps so little in flight that a
-resume's first layer begins within a few layers' time, and so much that the link never idles. While that much is on its
-way it maps the layers that come next. A second worker does what may take long, so that the first never does: reading
-from disk, evicting, waiting for other sessions' transfers, and looking ahead.
+more urgent one begins within a few layers' time, and so much that the link never idles; the first layer of a resume has
+a stream of its own beside it. While that much is on its way the worker maps the layers that come next. A second worker
+does what may take long, so that the first never does: reading from disk, evicting, waiting for other sessions'
+transfers, and looking ahead.
 
 Not taken: a stream for each session. The copy engine would serve them in turn, and a resume's first layer would get a
 share of the link instead of all of it.

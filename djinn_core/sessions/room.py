@@ -38,6 +38,8 @@ class Room:
         lock: the condition that guards all holdings and blocks; notified on every change.
         holdings: every open session's, by id.
         h2d, d2h: the streams of the two directions.
+        h2d_first: the stream of what a resume cannot begin without, beside what `h2d` has in flight.
+        saving: held by the one session that is being saved; it needs all of its state on the host at once.
         events: what happened, oldest first, bounded.
     """
 
@@ -48,10 +50,12 @@ class Room:
         self.pool = pool
         self.policy: Policy = policy or ExpectedLast()
         self.lock = threading.Condition()
+        self.saving = threading.Lock()
         self.holdings: dict[str, Holding] = {}
         self.tiers = Tiers(self, host, disk)
         self.staging = Staging(device, pool, self.acquire_one)
         self.h2d = device.stream()
+        self.h2d_first = device.stream(-1)
         self.d2h = device.stream()
         self.events: deque[PagerEvent] = deque(maxlen=EVENTS_KEPT)
         self._acquiring = threading.RLock()  # one caller evicts for itself at a time

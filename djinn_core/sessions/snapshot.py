@@ -161,6 +161,11 @@ def save_session(session: Session, folder: str | Path) -> None:
     folder = Path(folder)
     if folder.exists():
         raise UsageError(f"{folder} exists already; save to a new folder")
+    with session._pager.saving:  # two that hold a part of what they need of the host would wait for each other
+        _save(session, folder)
+
+
+def _save(session: Session, folder: Path) -> None:
     holding = session._holding
     holding.wait_issued()
     write_back(session._pager, holding, list(holding.mapped.values()))

@@ -16,6 +16,7 @@ import argparse
 import gc
 import logging
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,7 @@ from workflow.lib.results import Result
 
 log = logging.getLogger("djinn.experiment")
 Measure = Callable[[str, dict[str, Any]], dict[str, float | None]]
+SWITCH_INTERVAL_S = 0.0001
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -242,15 +244,18 @@ def leave_early(result: Result, out: Path, status: str, reason: str) -> None:
 
 
 def equal_conditions(config: dict[str, Any]) -> None:
-    """The same threads and attention for every system, and a record of both in `config`.
+    """The same threads and attention for every system, and a record of all of it in `config`.
 
     Snakemake exports OMP_NUM_THREADS=1 into its jobs, so threads are set here, for this process and its children.
-    cuDNN's attention does not repeat itself in fp16, so it is off.
+    cuDNN's attention does not repeat itself in fp16, so it is off. With Python's own switch interval, 5 ms, a thread
+    that launches kernels holds up one that issues copies for as long as several layers take.
     """
     threads = config["machine"]["threads"] or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.backends.cuda.enable_cudnn_sdp(False)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    config["switch_interval_s"] = sys.getswitchinterval()
     config["threads"] = torch.get_num_threads()
     config["attention"] = {
         "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -36,7 +35,6 @@ from workflow.scripts.resume_methods.manual_offload import (
 )
 
 SYSTEMS = ("reference", "eager", "manual_offload", "djinn", "djinn_uncapped")
-SWITCH_INTERVAL_S = 0.0001  # Python's own 5 ms let one caller's thread hold up another's copies for as long
 STOCK_ALLOCATOR = "expandable_segments:True"  # stock caches grow by a token: without this a quarter of the cap is holes
 
 
@@ -44,9 +42,7 @@ def main() -> None:
     args = harness.arguments("pressure", systems=SYSTEMS)
     if args.system not in ("djinn", "djinn_uncapped"):
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", STOCK_ALLOCATOR)  # read when torch first allocates
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
     with harness.experiment(args, experiment="pressure", system=args.system) as exp, torch.inference_mode():
-        exp.config["switch_interval_s"] = sys.getswitchinterval()
         if args.system in ("djinn", "djinn_uncapped"):
             served_run.run(exp, capped=args.system == "djinn", wanted=wanted_tokens(exp))
         else:
