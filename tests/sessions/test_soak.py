@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 THREADS = 6
 LIVES = 4  # of one thread
+POINTS = 12  # of one session; saving it takes all of their blocks on the host at once, and more would not fit there
 MAX_LENGTH = 48
 WATCHDOG_S = 60.0
 ALL_HAPPENS_S = 30.0  # by then every kind of move has been made, on a slow machine too
@@ -162,7 +163,7 @@ class Person(threading.Thread):
 
     def stop(self) -> None:
         life = self.awake()
-        if ids := self.ids(life):
+        if (ids := self.ids(life)) and len(life.points) < POINTS:
             layer = self.draw.randint(1, LAYERS)
             point = self.run_pass(life, ids, stop_after=layer)
             life.stopped = (ids, layer)
@@ -193,7 +194,7 @@ class Person(threading.Thread):
 
     def checkpoint(self) -> None:
         life = self.some()
-        if len(life.points) < 4:
+        if len(life.points) < POINTS // 3:
             life.points[life.session.checkpoint().id] = (life.passes, life.stopped)
 
     def forget(self) -> None:
