@@ -99,7 +99,7 @@ class BringIn:
             return (0, self.wanted_s)
         if self.prefetch:
             return (3, self._expected_s)
-        return (1 if len(self._left) == len(self.order) else 2, self.wanted_s)
+        return (1 if self.begins else 2, self.wanted_s)
 
     def cancel(self) -> None:
         """Nothing more is wanted of it. It still has to end: `wait_issued`."""
@@ -169,6 +169,22 @@ class BringIn:
         if self.error is not None:
             raise self.error
 
+    def claim_behind(self) -> bool:
+        """Claim what a pass appends to, if all its blocks are there or on their way: then nothing is left to bring in.
+
+        The pass waits for each layer as it comes to it, and not until the last one has been issued. False, and nothing
+        claimed, when it needs blocks of its own.
+        """
+        table, layout = self.holding.table, self.holding.layout
+        with self._pager.lock:
+            for layer in self.order:
+                row, length, count = table.blocks[layer], table.lengths[layer], layout.count(self.reach[layer])
+                tails = [block for index, block in enumerate(row[:count]) if self._is_tail(index, length)]
+                if count > len(row) or (self.reach[layer] > length and any(map(self._others_past, tails))):
+                    return False
+            self._claim_tails()
+        return True
+
     def _failed(self, error: BaseException) -> BaseException:
         """End with `error`; what its caller is to be told."""
         self.fail(error)
@@ -211,8 +227,7 @@ class BringIn:
 
         The first layer of a resume does not queue behind what others have in flight: it has a stream of its own.
         """
-        begins = not self.prefetch and len(self._left) == len(self.order)
-        stream, before = self._pager.h2d_first if begins else self._pager.h2d, self.bytes
+        stream, before = self._pager.h2d_first if self.begins else self._pager.h2d, self.bytes
         layer = self._left[0]
         row = self._steps[layer]
         if self._ahead:
@@ -227,6 +242,11 @@ class BringIn:
             self.issued[layer] = 1
             self.changed.notify_all()
         return self.arrival[layer], self.bytes - before
+
+    @property
+    def begins(self) -> bool:
+        """A resume waits for it, and none of its layers has been issued."""
+        return not self.prefetch and len(self._left) == len(self.order)
 
     @property
     def left(self) -> int:

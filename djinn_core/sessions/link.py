@@ -135,7 +135,7 @@ class Link:
                     self._end(job, None)
                 elif stage is Stage.WANTED:
                     self._go(job, Stage.PREPARED if job.prepare(wait=False) else Stage.BLOCKED)
-                elif self._has_room():
+                elif job.begins or self._has_room():
                     event, size_bytes = job.step()
                     if event is not None:
                         self._flying.append((job, event, size_bytes))

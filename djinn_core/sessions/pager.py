@@ -103,17 +103,25 @@ class Pager(Lineages):
             if not holding.jobs and first == 0 and end <= table.writable_until:
                 table.claimed = end
                 return
-        self._prune(holding)
         reach = self._reach(table, first, last, new)
         job = BringIn(self, holding, range(len(table.lengths)), reach)
-        job.begin()
-        if job.by_pass or any(job.arrival):
-            holding.jobs.append(job)
+        if not (self._resuming_whole(holding) and job.claim_behind()):
+            self._prune(holding)
+            job.begin()
+            if job.by_pass or any(job.arrival):
+                holding.jobs.append(job)
         if first == 0 and last == len(table.lengths):
             with self.lock:
                 layout = table.layout
                 rows = min(max(len(row), layout.count(n)) for row, n in zip(table.blocks, reach, strict=True))
                 table.writable_until = min(rows * layout.block_bytes // layout.token_bytes, layout.max_length)
+
+    def _resuming_whole(self, holding: Holding) -> bool:
+        """One bring-in is under way, a resume's, and it brings all that the session has."""
+        jobs = holding.jobs
+        return (
+            len(jobs) == 1 and not jobs[0].prefetch and not jobs[0].done and len(jobs[0].order) == len(jobs[0].issued)
+        )
 
     def _prune(self, holding: Holding) -> None:
         """Forget bring-ins that are complete.
@@ -274,7 +282,8 @@ class Pager(Lineages):
     def raise_failed(self, holding: Holding) -> None:
         """Tell the caller of a bring-in that failed after `resume` had returned, once."""
         for job in list(holding.jobs):
-            if job.done and job.error is not None and not job.prefetch:
+            if job.error is not None and not job.prefetch:
+                job.wait_issued()
                 self._take_back(holding)
                 raise job.error
 

@@ -81,10 +81,11 @@ class Room:
     ) -> None:
         self.events.append(PagerEvent(time.perf_counter(), session, event, size_bytes, seconds * 1e3, copies))
 
-    def evict(self, holding: Holding, *, released: bool = False) -> bool:
+    def evict(self, holding: Holding, *, released: bool = False, wait: bool = True) -> bool:
         """Take a paused session off the device, after writing back what is new. False when it is paused no more.
 
         Layers are unmapped while later ones are still being copied. With `released`, only while its owner wants so.
+        Without `wait`, not while it is being brought in: who makes room may be the one whom that bring-in waits for.
         """
         begun_s, parted = time.perf_counter(), []
         try:
@@ -98,6 +99,8 @@ class Room:
                             or (released and not holding.release)
                         ):
                             return holding.state is SessionState.SWAPPED
+                        if not wait and holding.being_brought:
+                            return False
                         clean = holding.is_clean() and not holding.draining and not holding.being_brought
                         if clean:
                             holding.moving = True
@@ -235,13 +238,16 @@ class Room:
         needed_bytes = sum(sizes)
         with self._acquiring:
             while (got := self.take_free(holding.id, sizes)) is None:
-                if not self._make_room(needed_bytes, holding, limit_s):
+                if self._make_room(needed_bytes, holding, limit_s):
+                    continue
+                if (got := self.take_free(holding.id, sizes)) is None:  # nobody left for this, but others leave too
                     raise OutOfDeviceMemory(
                         f"session {holding.id} needs {needed_bytes:,} bytes more, and no other paused session can "
                         "leave the device; pause or close one and try again",
                         needed_bytes=needed_bytes,
                         free_bytes=self.pool.free_bytes,
                     )
+                break
         return got
 
     def _make_room(self, needed_bytes: int, keep: Holding | None, limit_s: float | None) -> bool:
@@ -294,7 +300,7 @@ class Room:
     def _try_evict(self, holding: Holding) -> bool:
         self.log(holding, "chosen", holding.own_device_bytes)
         try:
-            return self.evict(holding)
+            return self.evict(holding, wait=False)
         except DjinnError as error:  # it stays whole where it is; another one may leave instead
             holding.trouble = error
             self.log(holding, f"stays ({error})")

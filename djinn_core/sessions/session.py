@@ -121,6 +121,7 @@ class Session:
     def _need_running(self, doing: str) -> None:
         self._pager.raise_failed(self._holding)
         if self.state not in (SessionState.RUNNING, SessionState.RESUMING):
+            self._pager.raise_failed(self._holding)  # the resume may have failed since the line before
             raise refusal(self.id, self.state, doing)
         if self.stopped is not None:
             raise SessionStateError(

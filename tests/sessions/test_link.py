@@ -14,7 +14,8 @@ from tests.sessions.oracle import Oracle, prompt
 from tests.sessions.rigs import LAYERS, MakeRig, Rig
 
 SESSION_BYTES = LAYERS * (64 << 10)
-LINK_GBPS = 0.0002  # 15 tokens of a layer take 38 ms
+LINK_GBPS = 0.0002
+LAYER_MS = 38  # what 15 tokens of a layer take then
 
 
 def released(rig: Rig, seed: int) -> Session:
@@ -52,7 +53,9 @@ def test_a_second_resume_gets_its_first_layer_soon(slow: Rig) -> None:
     for session in (one, two):
         session.wait_until("restored", 10)
     order = order_of({"a": one.trace.job, "b": two.trace.job})
-    assert order.index("b0") <= 2 < order.index("a3") < order.index("b1")
+    assert order.index("b0") < order.index("a3") < order.index("b1"), order
+    assert two.trace.job.begun.elapsed_time(two.trace.job.arrival[0]) < 1.5 * LAYER_MS, "it queued behind the other"
+    assert one.trace.job.begun.elapsed_time(two.trace.job.arrival[0]) < 2.6 * LAYER_MS
     slow.device.link_gbps = None
     for seed, session in ((1, one), (2, two)):
         oracle = Oracle(slow.stock)
@@ -90,6 +93,27 @@ def test_maps_hide_behind_copies(slow: Rig, monkeypatch: pytest.MonkeyPatch) -> 
     session.prefetch()
     session.wait_until("restored", 10)
     assert idle[1:] == [False] * (LAYERS - 1)
+
+
+def test_a_pass_behind_a_resume_waits_for_its_own_layers_only(slow: Rig) -> None:
+    """A resume between two tokens returns at once; the next pass begins while the last layers are not even issued."""
+    session = released(slow, 1)
+    oracle = Oracle(slow.stock)
+    ids = oracle.forward(prompt(seed=1)).float().argmax(-1)[:, None]
+    slow.device.link_gbps = LINK_GBPS
+    session.resume()
+    job, issued = session.trace.job, []
+    hook = slow.served.model.embed_tokens.register_forward_hook(lambda *_: issued.append(sum(job.issued)))
+    logits = session.forward(ids)
+    hook.remove()
+    assert issued[0] <= 2 < LAYERS
+    assert torch.equal(logits, oracle.forward(ids))
+    slow.device.link_gbps = None
+    session.pause(release=True)
+    session.wait_until("released", 10)
+    session.resume()
+    ids = logits.float().argmax(-1)[:, None]
+    assert torch.equal(session.forward(ids), oracle.forward(ids))
 
 
 def test_the_next_layers_are_mapped_while_the_link_is_full(slow: Rig) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from djinn_core.errors import OutOfDeviceMemory
 from djinn_core.sessions import Session, SessionState, snapshot
+from djinn_core.sessions.policy import ExpectedLast
 from tests.sessions.oracle import Oracle, prompt
 from tests.sessions.rigs import MakeRig, Rig
 
@@ -188,3 +189,52 @@ def test_a_prefetch_that_fails_under_a_resume_leaves_it_resumed(make_rig: MakeRi
     session.wait_until("restored", 10)
     assert session.state is SessionState.RUNNING
     assert torch.equal(session.forward(ids), wanted)
+
+
+def test_who_makes_room_does_not_wait_for_a_session_that_waits_for_him(make_rig: MakeRig, monkeypatch) -> None:
+    """The one chosen to leave is resumed and paused before it is evicted: its bring-in waits for the same thread."""
+    chosen, go_on = threading.Event(), threading.Event()
+
+    class Asking(ExpectedLast):
+        def choose(self, candidates, needed_bytes, now_s):
+            names = super().choose(candidates, needed_bytes, now_s)
+            if threading.current_thread().name == "djinn-ahead" and victim.id in names and not chosen.is_set():
+                chosen.set()
+                assert go_on.wait(10)
+            return names
+
+    rig = make_rig(policy=Asking(), device_bytes=2 * SESSION_BYTES)  # staging takes a part: two sessions do not fit
+    pager, take_free = rig.sessions.pager, rig.sessions.pager.take_free
+    victim, ids, wanted = begun(rig)
+    start = victim.checkpoint()
+    victim.forward(ids)
+    point = victim.checkpoint()
+    victim.resume(start)
+    victim.forward(ids + 1)  # in blocks of its own: what `point` has is off the device
+    victim.pause(release=True)
+    victim.wait_until("released", 10)
+    other, _, _ = begun(rig)
+    other.pause(release=True)
+    other.wait_until("released", 10)
+    victim.prefetch()
+    victim.wait_until("restored", 10)
+    monkeypatch.setattr(
+        pager,
+        "take_free",
+        lambda owner, sizes: None if threading.current_thread().name == "djinn-link" else take_free(owner, sizes),
+    )
+    other.resume()  # the thread that makes room chooses the victim
+    assert chosen.wait(10)
+    victim.resume(point)
+    victim.pause()
+    assert victim._holding.being_brought
+    go_on.set()
+    other.wait_until("restored", 10)
+    monkeypatch.undo()
+    other.pause()
+    victim.resume()
+    oracle = Oracle(rig.stock)
+    oracle.forward(prompt())
+    assert torch.equal(oracle.forward(ids), wanted)
+    token = likely(wanted)
+    assert torch.equal(victim.forward(token), oracle.forward(token))

@@ -157,11 +157,12 @@ def run_seed(
     if stopped is None:
         exp.result.sample("total_s", total_s, "s", **dims)
     check_tokens(exp, f"tokens_equal_{method}_seed_{seed}", tenants, wanted, whole=stopped is None)
+    opened = len(tenants)
     for tenant in tenants:
         tenant.close()
     tenants.clear()
     if stopped is not None:
-        where = f"{method}: {len(tenants)} of {workload.sessions} sessions were open, {len(complete)} complete"
+        where = f"{method}: {opened} of {workload.sessions} sessions were open, {len(complete)} complete"
         raise harness.Outcome("out_of_memory", f"{where}: {str(stopped).splitlines()[0]}")
 
 
