@@ -81,7 +81,7 @@ def by_sessions(axes: Axes, table: pd.DataFrame, config: dict) -> None:
         if status == "out_of_memory":
             axes.plot(peaks.index[-1], peaks.iloc[-1], marker="x", color=style.colour(key), markersize=6, mew=1.5)
             beside = {"xytext": (0, 7), "textcoords": "offset points", "ha": "right", "fontsize": 6}
-            words = f"{style.label(key)}: out of memory after {peaks.index[-1]:g}"
+            words = f"{style.label(key)}: out of memory at session {peaks.index[-1]:g}"
             axes.annotate(words, (peaks.index[-1], peaks.iloc[-1]), color=style.INK, **beside)
     axes.set_xlabel("open sessions")
     axes.set_ylabel("device memory (GB)")
