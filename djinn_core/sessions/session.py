@@ -119,15 +119,13 @@ class Session:
             self._user.release()
 
     def _need_running(self, doing: str) -> None:
+        state = self.state  # before the look at failures: one that comes after it is told by the pass
         self._pager.raise_failed(self._holding)
-        if self.state not in (SessionState.RUNNING, SessionState.RESUMING):
-            self._pager.raise_failed(self._holding)  # the resume may have failed since the line before
-            raise refusal(self.id, self.state, doing)
+        if state not in (SessionState.RUNNING, SessionState.RESUMING):
+            raise refusal(self.id, state, doing)
         if self.stopped is not None:
-            raise SessionStateError(
-                f"session {self.id} cannot {doing}: its last pass stopped after layer {self.stopped.layer}; resume "
-                "it, or an earlier checkpoint"
-            )
+            where = f"its last pass stopped after layer {self.stopped.layer}; resume it, or an earlier checkpoint"
+            raise SessionStateError(f"session {self.id} cannot {doing}: {where}")
 
     # running
 
