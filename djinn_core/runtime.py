@@ -203,8 +203,8 @@ class Runtime:
             chunk_bytes: the largest single copy, at most a layer; 64 MiB by default.
             keep_free_bytes: device memory that ``"fill"`` must leave for sessions.
             coding: ``"ans"`` keeps what streams losslessly coded on the host and decodes it on the device, so that
-                fewer bytes cross the link; for bfloat16 and float16. It takes two more buffers on the device, each
-                larger than a layer, and on a GPU the package nvidia-nvcomp-cu13.
+                fewer bytes cross the link; for bfloat16 and float16, and float32 on the emulated device. It takes two
+                more buffers on the device, each larger than a layer, and on a GPU the package nvidia-nvcomp-cu13.
             seed: of random weights.
             prove: run the model's two-layer twin against the stock model first, bit for bit.
             progress: called with (bytes done, bytes in all) as weights are read.

@@ -42,7 +42,7 @@ class Coded:
 
 
 class Codec(ABC):
-    """Codes blocks of 16-bit floats: contiguous uint8 tensors on the device, of even size.
+    """Codes blocks of floats: contiguous uint8 tensors on the device, whose size is a multiple of the float's.
 
     Call it from one thread at a time (the turn sees to that).
 
@@ -90,10 +90,11 @@ def check(coding: str | None, dtype: torch.dtype, *, is_gpu: bool) -> None:
         return
     if coding not in CODINGS:
         raise ConfigError(f"coding is {coding!r}; allowed are {', '.join(map(repr, CODINGS))} and None")
-    if dtype not in DTYPES:
+    if is_gpu and dtype not in DTYPES:
+        name = str(dtype).removeprefix("torch.")
         raise ConfigError(
-            f"coding={coding!r} codes 16-bit floats, and these weights are {str(dtype).removeprefix('torch.')}; load "
-            "them as bfloat16 or float16, or without coding"
+            f"coding={coding!r} codes 16-bit floats on a GPU, and these weights are {name}; load them as bfloat16 or "
+            "float16, or without coding"
         )
     if is_gpu:
         _nvcomp()
@@ -109,13 +110,17 @@ def open_codec(device: Device, coding: str | None, dtype: torch.dtype) -> Codec 
     check(coding, dtype, is_gpu=device.is_gpu)
     if coding is None:
         return None
-    return NvcompAns(device) if device.is_gpu else ZlibPlanes(device)
+    return NvcompAns(device) if device.is_gpu else ZlibPlanes(device, dtype.itemsize)
 
 
 class ZlibPlanes(Codec):
-    """The emulated device's stand-in: zlib over the two byte planes of the block. Same contract, no claim to speed."""
+    """The emulated device's stand-in: zlib over the byte planes of the block. Same contract, no claim to speed.
 
-    def __init__(self, device: Device) -> None:
+    It takes float32 too, in which the emulated device computes fastest.
+    """
+
+    def __init__(self, device: Device, planes: int = 2) -> None:
+        self._planes = planes
         self.name = f"zlib {zlib.ZLIB_RUNTIME_VERSION}, level 1, byte planes"
         self.stream = device.stream()
         self._device = device
@@ -127,7 +132,7 @@ class ZlibPlanes(Codec):
         sizes: list[int] = []
 
         def work() -> None:
-            planes = np.ascontiguousarray(block.numpy().reshape(-1, 2).T)
+            planes = np.ascontiguousarray(block.numpy().reshape(-1, self._planes).T)
             coded = np.frombuffer(zlib.compress(planes, 1), np.uint8)
             out.numpy()[: coded.size] = coded
             sizes.append(coded.size)
@@ -144,7 +149,7 @@ class ZlibPlanes(Codec):
                 raise TransferError(f"a coded block of {source.numel():,} bytes is damaged: {error}") from error
             if planes.size != out.numel():
                 raise TransferError(f"a coded block holds {planes.size:,} bytes, its layer has {out.numel():,}")
-            out.numpy().reshape(-1, 2)[:] = planes.reshape(2, -1).T
+            out.numpy().reshape(-1, self._planes)[:] = planes.reshape(self._planes, -1).T
 
         return lambda: self._device.launch(self.stream, work)
 

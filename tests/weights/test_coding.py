@@ -340,7 +340,7 @@ def test_a_host_budget_too_small_for_the_coded_layers_is_refused_with_the_bytes(
 
 def test_a_block_that_does_not_shrink_is_kept_coded_all_the_same():
     device = CpuDevice(4 * MIB)
-    codec = ZlibPlanes(device)
+    codec = ZlibPlanes(device, 2)
     block = torch.randint(0, 256, (SIZE,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     out, again = torch.zeros(codec.bound_bytes(SIZE), dtype=torch.uint8), torch.zeros(SIZE, dtype=torch.uint8)
     coded = codec.encode(block, out)
@@ -357,8 +357,8 @@ def test_what_cannot_be_coded_is_refused():
     assert open_codec(device, "ans", torch.bfloat16).name.startswith("zlib")
     with pytest.raises(ConfigError, match="'ans' and None"):
         open_codec(device, "zstd", torch.bfloat16)
-    with pytest.raises(ConfigError, match="16-bit floats, and these weights are float32"):
-        open_codec(device, "ans", torch.float32)
+    with pytest.raises(ConfigError, match="16-bit floats on a GPU, and these weights are float32"):
+        coding.check("ans", torch.float32, is_gpu=True)
     device.close()
 
 

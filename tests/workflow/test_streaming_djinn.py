@@ -76,10 +76,11 @@ def test_a_coded_pass_moves_the_coded_bytes_and_says_by_what_codec(tmp_path: Pat
 def test_weights_that_cannot_be_coded_are_unsupported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exp = experiment(tmp_path, "required")
     how = {"resident_layers": "none", "chunk_bytes": 4096, "coding": "ans"}
-    with pytest.raises(Outcome, match="16-bit floats, and these weights are float32") as refused:
+    exp.device = "cuda:0"
+    with pytest.raises(Outcome, match="16-bit floats on a GPU, and these weights are float32") as refused:
         djinn_ring.ring(exp, **how).__enter__()
     assert refused.value.status == "unsupported"
-    exp.config["dtype"], exp.device = "bfloat16", "cuda:0"
+    exp.config["dtype"] = "bfloat16"
     monkeypatch.setitem(sys.modules, "nvidia.nvcomp", None)
     with pytest.raises(Outcome, match="needs nvidia-nvcomp-cu13") as refused:
         djinn_ring.ring(exp, **how).__enter__()
