@@ -146,6 +146,30 @@ def test_copies_arrive_and_are_counted(device, place, host):
     device.destroy(handle)
 
 
+def test_copies_in_one_call_arrive_and_are_counted(device, place, host):
+    """Pieces of any size and order, an empty one among them; one of the wrong length refuses all."""
+    address, unit, tensor = place
+    handle = device.create(unit)
+    put(device, address, handle, unit)
+    there, back, stream = host(unit), host(unit), device.stream()
+    there.copy_(torch.arange(unit) * 7 % 251)
+    spans = [(4096, unit), (0, 24), (24, 24), (24, 4096)]
+    before = device.copied
+    device.copy_all([(tensor[a:b], there[a:b]) for a, b in spans], stream, Direction.H2D)
+    device.copy_all([(back[a:b], tensor[a:b]) for a, b in spans], stream, Direction.D2H)
+    stream.synchronize()
+    assert torch.equal(back, there)
+    counted = device.copied - before
+    assert (counted.h2d_bytes, counted.d2h_bytes) == (unit, unit)
+    with pytest.raises(ValueError, match="copy of 8 bytes into 9"):
+        device.copy_all([(tensor[:4], there[:4]), (tensor[:9], there[:8])], stream, Direction.H2D)
+    device.copy_all([], stream, Direction.H2D)
+    assert (device.copied - before).h2d_bytes == unit
+    device.synchronize()
+    device.unmap(address, unit)
+    device.destroy(handle)
+
+
 def test_a_stream_waits_for_another_ones_event(device, place, host):
     address, unit, tensor = place
     handle = device.create(unit)

@@ -19,20 +19,10 @@ from djinn_core.weights.coding import ZlibPlanes, open_codec
 from djinn_core.weights.plan import make_plan
 from djinn_core.weights.resident import DeviceBlocks
 from djinn_core.weights.store import pack
+from tests.weights.rigs import AsyncDevice, Holder
 
 MIB = 1 << 20
 SIZE = 40_000
-
-
-class AsyncDevice(CpuDevice):
-    """An emulated device whose compute, too, runs behind the caller."""
-
-    def __init__(self, link_gbps=None):
-        super().__init__(16 * MIB, link_gbps=link_gbps)
-        self.compute = self.stream()
-
-    def current_stream(self):
-        return self.compute
 
 
 class Numbers:
@@ -94,7 +84,7 @@ class Rig:
             self.parameters = {i: self.slots[i % plan.slots][: sizes[i]] for i in range(layers)}
         else:
             rebinding = {
-                (i, index): [(_Holder(self.parameters, i), slot[: sizes[i]])]
+                (i, index): [(Holder(self.parameters, i), slot[: sizes[i]])]
                 for i in range(layers)
                 for index, slot in enumerate(self.slots)
             }
@@ -136,21 +126,6 @@ class Rig:
         self.pool.close()
         self.host.close()
         self.device.close()
-
-
-class _Holder:
-    """Stands for a parameter: rebinding sets `data`."""
-
-    def __init__(self, parameters, layer):
-        self._parameters, self._layer = parameters, layer
-
-    @property
-    def data(self):
-        return self._parameters[self._layer]
-
-    @data.setter
-    def data(self, memory):
-        self._parameters[self._layer] = memory
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from djinn_core.device.cpu import CpuDevice
 from djinn_core.device.faults import FaultPlan
 from djinn_core.errors import DeviceError, SessionStateError, TransferError
 from djinn_core.memory import ExtentPool, HostTier, Kind
@@ -21,17 +20,7 @@ from djinn_core.weights.plan import make_plan
 from djinn_core.weights.resident import DeviceBlocks
 from djinn_core.weights.ring import Ring, Slot, SlotState, SlotStep
 from djinn_core.weights.streamer import Streamer
-
-
-class AsyncDevice(CpuDevice):
-    """An emulated device whose compute, too, runs behind the caller."""
-
-    def __init__(self):
-        super().__init__(16 << 20)
-        self.compute = self.stream()
-
-    def current_stream(self):
-        return self.compute
+from tests.weights.rigs import AsyncDevice, Holder
 
 
 class Rig:
@@ -59,7 +48,7 @@ class Rig:
         rebinding = None
         if not plan.stable_addresses:
             rebinding = {
-                (layer, index): [(_Holder(self.parameters, layer), slot[: sizes[layer]])]
+                (layer, index): [(Holder(self.parameters, layer), slot[: sizes[layer]])]
                 for layer in plan.streamed
                 for index, slot in enumerate(memory)
             }
@@ -102,21 +91,6 @@ class Rig:
         self.pool.close()
         self.host.close()
         self.device.close()
-
-
-class _Holder:
-    """Stands for a parameter: rebinding sets `data`."""
-
-    def __init__(self, parameters, layer):
-        self._parameters, self._layer = parameters, layer
-
-    @property
-    def data(self):
-        return self._parameters[self._layer]
-
-    @data.setter
-    def data(self, memory):
-        self._parameters[self._layer] = memory
 
 
 @pytest.fixture
