@@ -61,6 +61,7 @@ class BringIn:
         bytes: copied so far.
         cancelled: nothing more is wanted of it; it ends before its next layer.
         by_pass: the pass maps its layers, one by one, as it comes to them.
+        followed: a pass relies on it for all that it needs.
         done: nothing more will be issued; `error` says why, if it failed.
     """
 
@@ -82,7 +83,7 @@ class BringIn:
         self.restored = pager.device.event(timing=True)
         self.changed = threading.Condition()
         self.bytes = 0
-        self.done = self.cancelled = self.by_pass = False
+        self.done = self.cancelled = self.by_pass = self.followed = False
         self.error: DjinnError | None = None
         self.wanted_s = time.perf_counter()
         self.begun_s = self.ended_s = 0.0
@@ -136,8 +137,8 @@ class BringIn:
             with self.changed:
                 self.changed.wait_for(lambda: self.issued[layer] or self.done)
             if not self.issued[layer]:
-                if self.cancelled and self.error is None:  # whoever cancelled it planned the rest anew
-                    return
+                if self.cancelled and self.error is None and not self.followed:
+                    return  # whoever cancelled it planned the rest anew
                 raise self.error or DeviceError(f"session {self.holding.id}: bring-in ended before layer {layer}")
         arrival = self.arrival[layer]
         if arrival is not None:
@@ -180,7 +181,8 @@ class BringIn:
             for layer in self.order:
                 row, length, count = table.blocks[layer], table.lengths[layer], layout.count(self.reach[layer])
                 tails = [block for index, block in enumerate(row[:count]) if self._is_tail(index, length)]
-                if count > len(row) or (self.reach[layer] > length and any(map(self._others_past, tails))):
+                brought = layout.count(length)  # what a pass that failed had appended stays in the row, and is not
+                if count > brought or (self.reach[layer] > length and any(map(self._others_past, tails))):
                     return False
             self._claim_tails()
         return True

@@ -33,6 +33,8 @@ class Holding:
         deferred: a bring-in that begins when the pass under way has been issued.
         queued, draining: a write-back is wanted, or under way.
         unstarted: the wanted write-back has not been taken up by any thread yet.
+        wanted: how many write-backs have been wanted; drains: how many threads do one now.
+        in_pass: a pass uses its memory; a bring-in that fails meanwhile leaves the state to the end of the pass.
         needed: someone waits for that write-back, so it may take others' clean copies from the host.
         moving: its memory is being unmapped.
         changing: its owner gives it another lineage, or closes it; no prefetch begins.
@@ -56,6 +58,8 @@ class Holding:
         self.jobs: list[BringIn] = []
         self.deferred: BringIn | None = None
         self.queued = self.unstarted = self.draining = self.needed = self.moving = self.release = self.changing = False
+        self.in_pass = False
+        self.wanted = self.drains = 0
         self.leaving = 0
         self.pins = 0
         self.last_use_s = time.monotonic()
@@ -112,6 +116,11 @@ class Holding:
             if (cancel or job.prefetch) and not job.done:
                 job.cancel()
             job.wait_issued()
+
+    def arrivals_of_jobs(self, layer: int | None = None) -> list[Event]:
+        """The events behind what bring-ins that are not forgotten have copied, into `layer` or anywhere."""
+        rows = [job.arrival if layer is None else job.arrival[layer : layer + 1] for job in list(self.jobs)]
+        return [event for row in rows for event in row if event is not None]
 
     @property
     def device_bytes(self) -> int:

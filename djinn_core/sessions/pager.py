@@ -34,6 +34,7 @@ from djinn_core.sessions.workers import told
 from djinn_core.sessions.writeback import write_back
 
 HELP_FROM_S = 1.0  # who waits this long for a write-back does it itself; who only looks is not held up
+WRITE_BACK_REMEDY = "on the device; resume and pause it to try again"
 
 
 class Pager(Lineages):
@@ -105,7 +106,7 @@ class Pager(Lineages):
                 return
         reach = self._reach(table, first, last, new)
         job = BringIn(self, holding, range(len(table.lengths)), reach)
-        if not (self._resuming_whole(holding) and job.claim_behind()):
+        if not self._follow(holding, job):
             self._prune(holding)
             job.begin()
             if job.by_pass or any(job.arrival):
@@ -113,15 +114,20 @@ class Pager(Lineages):
         if first == 0 and last == len(table.lengths):
             with self.lock:
                 layout = table.layout
-                rows = min(max(len(row), layout.count(n)) for row, n in zip(table.blocks, reach, strict=True))
+                rows = min(map(layout.count, reach))
                 table.writable_until = min(rows * layout.block_bytes // layout.token_bytes, layout.max_length)
 
-    def _resuming_whole(self, holding: Holding) -> bool:
-        """One bring-in is under way, a resume's, and it brings all that the session has."""
-        jobs = holding.jobs
-        return (
-            len(jobs) == 1 and not jobs[0].prefetch and not jobs[0].done and len(jobs[0].order) == len(jobs[0].issued)
-        )
+    def _follow(self, holding: Holding, job: BringIn) -> bool:
+        """Whether all that `job` needs is on its way already: a resume brings everything, and it claims the tails."""
+        with self.lock:
+            if len(holding.jobs) != 1:
+                return False
+            resume = holding.jobs[0]
+            whole = len(resume.order) == len(holding.table.lengths)
+            if resume.prefetch or resume.done or resume.cancelled or not whole or not job.claim_behind():
+                return False
+            resume.followed = True
+        return True
 
     def _prune(self, holding: Holding) -> None:
         """Forget bring-ins that are complete.
@@ -144,7 +150,7 @@ class Pager(Lineages):
     def settle(self, holding: Holding, first: int, last: int, new: int) -> None:
         """The pass has been issued: its layers hold `new` tokens more."""
         self._end_by_pass(holding, done=True)
-        holding.pass_done.record(self.device.current_stream())
+        self._leave_pass(holding)
         self._begin_deferred(holding)
         with self.lock:
             table = holding.table
@@ -153,10 +159,33 @@ class Pager(Lineages):
             table.claimed = 0
             holding.last_use_s = time.monotonic()
 
+    def enter_pass(self, holding: Holding) -> None:
+        """From here to `settle` or `abandon` a pass uses its memory.
+
+        Raises:
+            DjinnError: the bring-in that the pass would rely on has failed already.
+        """
+        with self.lock:
+            state = holding.state
+            holding.in_pass = state in (SessionState.RUNNING, SessionState.RESUMING)
+        if not holding.in_pass:
+            self.raise_failed(holding)
+            raise refusal(holding.id, state, "run")
+
+    def _leave_pass(self, holding: Holding) -> None:
+        """Nothing more is queued for the pass. What a bring-in that failed meanwhile would have done is done now."""
+        holding.pass_done.record(self.device.current_stream())
+        with self.lock:
+            holding.in_pass = False
+            failed = any(job.done and job.error and not job.prefetch for job in holding.jobs)
+            if failed and holding.state is SessionState.RESUMING:
+                holding.go(SessionState.PAUSED, "fall back")
+                self.lock.notify_all()
+
     def abandon(self, holding: Holding) -> None:
         """The pass failed: no layer holds more than before it."""
         self._end_by_pass(holding, done=False)
-        holding.pass_done.record(self.device.current_stream())
+        self._leave_pass(holding)
         self._begin_deferred(holding)
         with self.lock:
             holding.table.claimed = holding.table.writable_until = 0
@@ -196,7 +225,8 @@ class Pager(Lineages):
         lost: list[Block] = []
         for layer, arrival in enumerate(holding.arrival):
             try:
-                arrival.synchronize()
+                for event in (arrival, *holding.arrivals_of_jobs(layer)):
+                    event.synchronize()
             except DeviceError:
                 row = holding.table.blocks[layer]
                 lost += [b for b in row if holding.mapped.get(b.offset) is b and b.host_valid_bytes >= b.end_bytes()]
@@ -210,7 +240,7 @@ class Pager(Lineages):
             holding.expected_resume_s = None if expected_resume_s is None else now_s + expected_resume_s
             holding.last_use_s = now_s
             holding.release, holding.prefetch_failed = release, False
-            holding.queued = holding.unstarted = True
+            self._want(holding)
             holding.trouble, holding.needed = None, False
         self._out.put(holding)
         self.log(holding, "pause")
@@ -298,7 +328,8 @@ class Pager(Lineages):
                 if not any(job.arrival) and job in holding.jobs:
                     holding.jobs.remove(job)
             taken_over = job.prefetch and holding.state is SessionState.RESUMING  # the resume's own bring-in decides
-            if not taken_over or isinstance(job.error, IntegrityError):
+            in_pass = holding.in_pass and job.error is not None  # it uses what has come; its end decides
+            if not (taken_over or in_pass) or isinstance(job.error, IntegrityError):
                 self._settle_state(holding, job.error)
             if job.prefetch and not job.error:
                 self.log(holding, "prefetched", job.bytes)
@@ -333,8 +364,8 @@ class Pager(Lineages):
     def wait_until(self, holding: Holding, what: str, timeout_s: float) -> None:
         """Block until the session is clean, released or restored.
 
-        A write-back that no thread has taken up yet is done here, by a caller who is ready to wait that long: waking
-        another thread, and being woken by it, takes as long as the copies of a layer.
+        A write-back that no thread has taken up yet is done here, by a caller who is ready to wait: waking another
+        thread, and being woken by it, takes as long as the copies of a layer. It is not cut short by `timeout_s`.
         """
         reached = {
             "clean": lambda: not holding.queued and not holding.draining and holding.is_clean(),
@@ -361,7 +392,8 @@ class Pager(Lineages):
                     job.restored.synchronize()
                     job.complete()
                 except DjinnError:
-                    self._distrust(holding)
+                    if not holding.in_pass:  # else the pass runs into the same
+                        self._distrust(holding)
                     raise
 
     def _ask_clean(self, holding: Holding) -> None:
@@ -372,8 +404,13 @@ class Pager(Lineages):
             under_way = holding.queued or holding.draining or holding.leaving
             if holding.state is SessionState.PAUSED and again and not under_way and not holding.is_clean():
                 holding.trouble = None
-                holding.queued = holding.unstarted = True
+                self._want(holding)
                 self._out.put(holding)
+
+    def _want(self, holding: Holding) -> None:
+        """One more write-back is wanted. The lock is held."""
+        holding.queued = holding.unstarted = True
+        holding.wanted += 1
 
     def _stuck(self, holding: Holding, what: str) -> bool:
         """It cannot become so any more without the caller doing something."""
@@ -415,6 +452,8 @@ class Pager(Lineages):
             if not holding.unstarted:
                 return
             holding.unstarted = False
+            holding.drains += 1
+            number = holding.wanted
         try:
             self.device.bind_thread()
             holding.wait_issued()
@@ -423,13 +462,15 @@ class Pager(Lineages):
             if holding.state is SessionState.PAUSED:
                 self._clean(holding)
         except BaseException as error:  # the thread's edge: `wait_until` tells whoever waits
-            holding.trouble = told(error, holding, "its write-back", "on the device; resume and pause it to try again")
+            if number == holding.wanted:  # another one has been wanted since, and speaks for itself
+                holding.trouble = told(error, holding, "its write-back", WRITE_BACK_REMEDY)
             self.log(holding, f"stays dirty ({error!r})")
             if threading.current_thread() is not self._writer and not isinstance(error, Exception):
                 raise
         finally:
             with self.lock:
-                holding.queued = holding.unstarted
+                holding.drains -= 1
+                holding.queued = holding.unstarted or holding.drains > 0
                 self.lock.notify_all()
 
     def _clean(self, holding: Holding) -> None:

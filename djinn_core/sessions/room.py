@@ -106,7 +106,8 @@ class Room:
                             holding.moving = True
                     if clean:
                         break
-                    holding.wait_issued()
+                    if wait:
+                        holding.wait_issued()
                     blocks = list(holding.mapped.values())
                     write_back(self, holding, blocks, part=lambda some: parted.append(self._part(holding, some)))
                 parted.append(self._leave(holding))
@@ -191,8 +192,11 @@ class Room:
         return sum(extent.size_bytes for extent in free)
 
     def _settle_device(self, holding: Holding) -> None:
-        """Nothing queued on the device touches this session's memory any more."""
-        for event in (holding.pass_done, *holding.arrival):
+        """Nothing queued on the device touches this session's memory any more.
+
+        A layer's last arrival says nothing of an earlier job's copies, which may be on another stream.
+        """
+        for event in (holding.pass_done, *holding.arrival, *holding.arrivals_of_jobs()):
             try:
                 event.synchronize()
             except DeviceError as error:
@@ -202,12 +206,16 @@ class Room:
         """One extent, after evicting paused sessions if need be."""
         with self._acquiring:
             while True:
+                short = self.pool.free_bytes < size_bytes
                 with self._taking:
                     try:
                         return self.pool.acquire(size_bytes, kind, owner)
                     except OutOfDeviceMemory as error:
                         full = error
-                if not self._make_room(size_bytes, None, None):
+                made = self._make_room(size_bytes, None, None)
+                if not (
+                    made or (short and self.pool.free_bytes >= size_bytes)
+                ):  # others leave too, without being asked
                     raise full
 
     def take_free(self, owner: str, sizes: Sequence[int]) -> list[Extent] | None:
@@ -237,18 +245,18 @@ class Room:
             return got
         needed_bytes = sum(sizes)
         with self._acquiring:
-            while (got := self.take_free(holding.id, sizes)) is None:
-                if self._make_room(needed_bytes, holding, limit_s):
-                    continue
-                if (got := self.take_free(holding.id, sizes)) is None:  # nobody left for this, but others leave too
+            while True:
+                short = self.pool.free_bytes < needed_bytes
+                if (got := self.take_free(holding.id, sizes)) is not None:
+                    return got
+                made = self._make_room(needed_bytes, holding, limit_s)
+                if not (made or (short and self.pool.free_bytes >= needed_bytes)):  # as above
                     raise OutOfDeviceMemory(
                         f"session {holding.id} needs {needed_bytes:,} bytes more, and no other paused session can "
                         "leave the device; pause or close one and try again",
                         needed_bytes=needed_bytes,
                         free_bytes=self.pool.free_bytes,
                     )
-                break
-        return got
 
     def _make_room(self, needed_bytes: int, keep: Holding | None, limit_s: float | None) -> bool:
         """Evict as the policy says until `needed_bytes` are free; False when nobody could leave."""

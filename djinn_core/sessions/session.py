@@ -242,6 +242,7 @@ class Session:
         new = inputs.ids.shape[1]
         boundary = out = None
         try:
+            pager.enter_pass(holding)
             if stop is not None:
                 boundary = reserve_boundary(pager, holding, new, self._hidden)
             if not claimed:

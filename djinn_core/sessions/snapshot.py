@@ -159,9 +159,9 @@ def save_session(session: Session, folder: str | Path) -> None:
         CapacityError: the host has no room for what is still on the device only; nothing was written.
     """
     folder = Path(folder)
-    if folder.exists():
-        raise UsageError(f"{folder} exists already; save to a new folder")
     with session._pager.saving:  # two that hold a part of what they need of the host would wait for each other
+        if folder.exists():
+            raise UsageError(f"{folder} exists already; save to a new folder")
         _save(session, folder)
 
 

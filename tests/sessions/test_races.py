@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from djinn_core.errors import OutOfDeviceMemory
-from djinn_core.sessions import Session, SessionState, snapshot
+from djinn_core.errors import OutOfDeviceMemory, TransferError
+from djinn_core.memory import Region
+from djinn_core.sessions import Session, SessionState, blocks, snapshot, writeback
+from djinn_core.sessions.bringin import BringIn
 from djinn_core.sessions.policy import ExpectedLast
 from tests.sessions.oracle import Oracle, prompt
 from tests.sessions.rigs import MakeRig, Rig
@@ -238,3 +240,178 @@ def test_who_makes_room_does_not_wait_for_a_session_that_waits_for_him(make_rig:
     assert torch.equal(oracle.forward(ids), wanted)
     token = likely(wanted)
     assert torch.equal(victim.forward(token), oracle.forward(token))
+
+
+def small_blocks(make_rig: MakeRig, monkeypatch) -> Rig:
+    """Several blocks to a layer: 128 tokens in each."""
+    monkeypatch.setattr(blocks, "MAX_BLOCK_BYTES", 64 << 10)
+    return make_rig()
+
+
+def some(tokens: int, seed: int) -> torch.Tensor:
+    return torch.randint(3, 128, (1, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def test_what_a_failed_pass_appended_is_not_taken_for_there(make_rig: MakeRig, monkeypatch) -> None:
+    """Its blocks stay in the rows; a resume does not bring them, and the next pass must not write to nowhere."""
+    rig = small_blocks(make_rig, monkeypatch)
+    session, oracle = rig.open(max_length=250), Oracle(rig.stock)
+    session.forward(some(100, 1))
+    oracle.forward(some(100, 1))
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no memory for the logits")
+
+    hook = rig.served.lm_head.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        session.forward(some(40, 2))
+    hook.remove()
+    assert any(len(row) == 2 for row in session._holding.table.blocks)
+    session.pause(release=True)
+    session.wait_until("released", 10)
+    rig.device.link_gbps = 0.0005
+    session.resume()
+    assert torch.equal(session.forward(some(40, 2)), oracle.forward(some(40, 2)))
+    rig.device.link_gbps = None
+    for seed in (3, 4):
+        assert torch.equal(session.forward(some(30, seed)), oracle.forward(some(30, seed)))
+
+
+def test_a_session_is_not_evicted_in_a_pass_whose_resume_fails(rig: Rig, monkeypatch) -> None:
+    pager = rig.sessions.pager
+    session, ids, wanted = begun(rig)
+    session.pause(release=True)
+    session.wait_until("released", 10)
+    rig.device.link_gbps = 0.0002
+    region, mapped, go_on = session._holding.region, [], threading.Event()
+    map_in = Region.map
+
+    def refuse_the_last(self, items):
+        if self is region:
+            mapped.append(items)
+            if len(mapped) == 4:
+                assert go_on.wait(10)
+                raise TransferError("the map of the last layer was refused")
+        return map_in(self, items)
+
+    seen = []
+
+    def in_the_pass(*_: object) -> None:
+        if not seen:
+            go_on.set()
+            job.wait_issued()
+            seen.append((session.state, pager._candidates(None, None, set()), pager.evict(session._holding)))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Region, "map", refuse_the_last)
+        patch.setattr("djinn_core.sessions.bringin.AHEAD_LAYERS", 0)
+        session.resume()
+        job = session.trace.job
+        hook = rig.served.model.layers[1].register_forward_pre_hook(in_the_pass)
+        with pytest.raises(TransferError, match="the last layer was refused"):
+            session.forward(ids)
+        hook.remove()
+    assert seen == [(SessionState.RESUMING, [], False)]
+    assert session.state in (SessionState.PAUSED, SessionState.SWAPPED)
+    rig.device.link_gbps = None
+    session.resume()
+    assert torch.equal(session.forward(ids), wanted)
+
+
+def test_memory_stays_under_an_earlier_copy_when_a_later_one_is_done(make_rig: MakeRig, monkeypatch) -> None:
+    """Two bring-ins at one layer, on two streams: the last one's event says nothing of the first one's copy."""
+    rig = small_blocks(make_rig, monkeypatch)
+    session = rig.open(max_length=250)
+    session.forward(some(100, 1))
+    start = session.checkpoint()
+    session.forward(some(38, 2))
+    point = session.checkpoint()
+    session.pause(release=True)
+    session.wait_until("released", 10)
+    session.resume(start)
+    session.pause(release=True)
+    session.wait_until("released", 10)
+    step, layers = BringIn.step, len(session._holding.table.lengths)
+
+    def one_layer(self):
+        while len(self._left) == layers - 1 and not self.cancelled:
+            time.sleep(0.001)
+        return (None, 0) if self.cancelled else step(self)
+
+    monkeypatch.setattr(BringIn, "step", one_layer)
+    rig.device.link_gbps = 0.0001  # 0.6 s for a full block
+    session.prefetch()
+    first = session._holding.jobs[0]
+    wait_for(lambda: any(first.issued))
+    session.resume(point)
+    second = session._holding.jobs[-1]
+    wait_for(lambda: any(second.issued))
+    unmap, early = Region.unmap, []
+
+    def watched(self, offsets):
+        if self is session._holding.region and offsets:
+            early.append(not first.arrival[0].query())
+        return unmap(self, offsets)
+
+    monkeypatch.setattr(Region, "unmap", watched)
+    assert first is not second
+    session.close()
+    assert early and not any(early)
+
+
+def wait_for(reached) -> None:
+    give_up_s = time.monotonic() + 10
+    while not reached():
+        assert time.monotonic() < give_up_s
+        time.sleep(0.001)
+
+
+def test_who_makes_room_looks_again_before_waiting(make_rig: MakeRig, monkeypatch) -> None:
+    """As above, between the look at the one that is to leave and its write-back."""
+    rig = make_rig(device_bytes=2 * SESSION_BYTES)
+    pager, take_free, wait_idle = rig.sessions.pager, rig.sessions.pager.take_free, writeback._wait_idle
+    victim, ids, wanted = begun(rig)
+    start = victim.checkpoint()
+    victim.forward(ids)
+    point = victim.checkpoint()
+    victim.resume(start)
+    victim.forward(ids + 1)
+    victim.pause(release=True)
+    victim.wait_until("released", 10)
+    other, _, _ = begun(rig)
+    other.pause(release=True)
+    other.wait_until("released", 10)
+    victim.resume()
+    victim.forward(ids)
+    looked, go_on = threading.Event(), threading.Event()
+
+    def late(room, holding):
+        if threading.current_thread().name == "djinn-ahead" and not looked.is_set():
+            looked.set()
+            assert go_on.wait(10)
+        return wait_idle(room, holding)
+
+    def none_for_the_link(owner, sizes):
+        return None if threading.current_thread().name == "djinn-link" else take_free(owner, sizes)
+
+    monkeypatch.setattr(writeback, "_wait_idle", late)
+    monkeypatch.setattr(pager, "take_free", none_for_the_link)
+    with monkeypatch.context() as patch:
+        patch.setattr(pager, "_out", queue.SimpleQueue())  # the writer is busy elsewhere
+        victim.pause()
+        other.resume()
+        assert looked.wait(10)
+        victim.resume(point)
+        victim.pause()
+        assert victim._holding.being_brought
+        go_on.set()
+        wait_for(lambda: other.trace.job.done)
+        wait_for(lambda: not victim._holding.being_brought)
+    monkeypatch.undo()
+    if other.state is SessionState.RUNNING:
+        other.pause()
+    victim.resume(point)
+    oracle = Oracle(rig.stock)
+    oracle.forward(prompt())
+    oracle.forward(ids)
+    assert torch.equal(victim.forward(likely(wanted)), oracle.forward(likely(wanted)))

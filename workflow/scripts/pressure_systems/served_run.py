@@ -47,9 +47,14 @@ def run(exp: harness.Experiment, capped: bool, wanted: list[list[int]]) -> None:
         with exp.progress.task("pin host memory"):
             runtime.host.prepare(int(runtime.host.free_bytes * PREPARED_SHARE))
         exp.config["host_pinned"] = runtime.host.pinned  # sessions' memory, too, is there by now
-        logs = [(f"seed {s}", run_seed(exp, bench, runtime, workload, s, capped, wanted)) for s in config["seeds"]]
+        logs: list[tuple[str, list[Any]]] = []
+        try:
+            for seed in config["seeds"]:
+                logs.append((f"seed {seed}", run_seed(exp, bench, runtime, workload, seed, capped, wanted)))
+        finally:
+            if capped:
+                swaps.write_log(exp.out.parent / "pressure.log", logs)
         if capped:
-            swaps.write_log(exp.out.parent / "pressure.log", logs)
             uncontended(exp, bench, runtime, workload)
             for hinted in (False, True):
                 think(exp, bench, runtime, workload, hinted, wanted)

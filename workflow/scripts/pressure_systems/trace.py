@@ -36,7 +36,11 @@ class MemoryTrace:
         self._stack = ExitStack()
 
     def arriving(self, sessions: int) -> None:
-        """So many sessions are there now, the last of them still arriving (and off the device until it has memory)."""
+        """So many sessions are there now, the last of them still arriving (and off the device until it has memory).
+
+        The ledger is read at this moment too: sessions that arrive faster than the samples are each seen.
+        """
+        self._read_ledger()
         self._sessions = sessions
 
     def __enter__(self) -> MemoryTrace:
@@ -47,11 +51,14 @@ class MemoryTrace:
 
     def _watch(self) -> None:
         while not self._stop.wait(1 / HZ):
-            now_s = time.monotonic() - self._sampler.began_s
-            self._marks.append((now_s, self._sessions, self.phase))
-            if self.runtime is not None:
-                memory = self.runtime.memory()  # cheap; a walk over all sessions would hold up what is measured
-                self._ledger.append((now_s, memory, self._sessions - len(memory.kv_by_session)))
+            self._read_ledger()
+
+    def _read_ledger(self) -> None:
+        now_s = time.monotonic() - self._sampler.began_s
+        self._marks.append((now_s, self._sessions, self.phase))
+        if self.runtime is not None:
+            memory = self.runtime.memory()  # cheap; a walk over all sessions would hold up what is measured
+            self._ledger.append((now_s, memory, self._sessions - len(memory.kv_by_session)))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
