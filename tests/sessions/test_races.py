@@ -14,6 +14,7 @@ from djinn_core.errors import OutOfDeviceMemory, TransferError
 from djinn_core.memory import Region
 from djinn_core.sessions import Session, SessionState, blocks, snapshot, writeback
 from djinn_core.sessions.bringin import BringIn
+from djinn_core.sessions.holding import Holding
 from djinn_core.sessions.policy import ExpectedLast
 from tests.sessions.oracle import Oracle, prompt
 from tests.sessions.rigs import MakeRig, Rig
@@ -385,15 +386,24 @@ def test_who_makes_room_looks_again_before_waiting(make_rig: MakeRig, monkeypatc
     victim.forward(ids)
     looked, go_on = threading.Event(), threading.Event()
 
-    def late(room, holding):
+    def stop_once() -> None:
         if threading.current_thread().name == "djinn-ahead" and not looked.is_set():
             looked.set()
             assert go_on.wait(10)
+
+    def late(room, holding):
+        stop_once()
         return wait_idle(room, holding)
+
+    def late_issued(self, **how):
+        stop_once()
+        return wait_issued(self, **how)
 
     def none_for_the_link(owner, sizes):
         return None if threading.current_thread().name == "djinn-link" else take_free(owner, sizes)
 
+    wait_issued = Holding.wait_issued
+    monkeypatch.setattr(Holding, "wait_issued", late_issued)
     monkeypatch.setattr(writeback, "_wait_idle", late)
     monkeypatch.setattr(pager, "take_free", none_for_the_link)
     with monkeypatch.context() as patch:
