@@ -177,6 +177,8 @@ class Pager(Lineages):
         holding.pass_done.record(self.device.current_stream())
         with self.lock:
             holding.in_pass = False
+            for job in holding.jobs:
+                job.followed = False
             failed = any(job.done and job.error and not job.prefetch for job in holding.jobs)
             if failed and holding.state is SessionState.RESUMING:
                 holding.go(SessionState.PAUSED, "fall back")

@@ -116,6 +116,25 @@ def test_a_pass_behind_a_resume_waits_for_its_own_layers_only(slow: Rig) -> None
     assert torch.equal(session.forward(ids), oracle.forward(ids))
 
 
+def test_a_second_resume_plans_anew_what_a_pass_had_followed(slow: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass stopped early; the next one is not held to the bring-in that the second resume has cancelled."""
+    monkeypatch.setattr(link, "IN_FLIGHT_BYTES", 1)
+    session = released(slow, 1)
+    oracle = Oracle(slow.stock)
+    ids = oracle.forward(prompt(seed=1)).float().argmax(-1)[:, None]
+    slow.device.link_gbps = LINK_GBPS
+    session.resume()
+    first = session.trace.job
+    session.forward(ids, stop_after=1)
+    assert not first.done
+    monkeypatch.setattr(first, "complete", lambda: False)  # its last copy is still on its way
+    session.pause()
+    logits = session.resume()
+    assert first.cancelled
+    monkeypatch.undo()
+    assert torch.equal(logits, oracle.forward(ids))
+
+
 def test_the_next_layers_are_mapped_while_the_link_is_full(slow: Rig) -> None:
     session = released(slow, 1)
     slow.device.link_gbps = LINK_GBPS
