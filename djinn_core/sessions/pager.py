@@ -149,8 +149,7 @@ class Pager(Lineages):
 
     def settle(self, holding: Holding, first: int, last: int, new: int) -> None:
         """The pass has been issued: its layers hold `new` tokens more."""
-        self._end_by_pass(holding, done=True)
-        self._leave_pass(holding)
+        self._leave_pass(holding, done=True)
         self._begin_deferred(holding)
         with self.lock:
             table = holding.table
@@ -172,22 +171,24 @@ class Pager(Lineages):
             self.raise_failed(holding)
             raise refusal(holding.id, state, "run")
 
-    def _leave_pass(self, holding: Holding) -> None:
+    def _leave_pass(self, holding: Holding, *, done: bool) -> None:
         """Nothing more is queued for the pass. What a bring-in that failed meanwhile would have done is done now."""
-        holding.pass_done.record(self.device.current_stream())
-        with self.lock:
-            holding.in_pass = False
-            for job in holding.jobs:
-                job.followed = False
-            failed = any(job.done and job.error and not job.prefetch for job in holding.jobs)
-            if failed and holding.state is SessionState.RESUMING:
-                holding.go(SessionState.PAUSED, "fall back")
-                self.lock.notify_all()
+        try:
+            self._end_by_pass(holding, done=done)
+        finally:
+            holding.pass_done.record(self.device.current_stream())
+            with self.lock:
+                holding.in_pass = False
+                for job in holding.jobs:
+                    job.followed = False
+                failed = any(job.done and job.error and not job.prefetch for job in holding.jobs)
+                if failed and holding.state is SessionState.RESUMING:
+                    holding.go(SessionState.PAUSED, "fall back")
+                    self.lock.notify_all()
 
     def abandon(self, holding: Holding) -> None:
         """The pass failed: no layer holds more than before it."""
-        self._end_by_pass(holding, done=False)
-        self._leave_pass(holding)
+        self._leave_pass(holding, done=False)
         self._begin_deferred(holding)
         with self.lock:
             holding.table.claimed = holding.table.writable_until = 0
