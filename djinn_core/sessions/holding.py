@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from djinn_core.device.base import Device, Event
-from djinn_core.errors import DjinnError
+from djinn_core.errors import DeviceError, DjinnError
 from djinn_core.memory.regions import Region
 from djinn_core.sessions.blocks import Block, BlockTable, Layout
 from djinn_core.sessions.state import SessionState, transition
@@ -122,6 +122,16 @@ class Holding:
         rows = [job.arrival if layer is None else job.arrival[layer : layer + 1] for job in list(self.jobs)]
         return [event for row in rows for event in row if event is not None]
 
+    def lost(self) -> list[Block]:
+        """Blocks whose bring-in failed on the way; the host has them whole. Waits for what is under way."""
+        lost: list[Block] = []
+        for layer, arrival in enumerate(self.arrival):
+            arrived = [_arrives(event) for event in (arrival, *self.arrivals_of_jobs(layer))]  # each is waited for
+            if not all(arrived):
+                row = self.table.blocks[layer]
+                lost += [b for b in row if self.mapped.get(b.offset) is b and b.host_valid_bytes >= b.end_bytes()]
+        return lost
+
     @property
     def device_bytes(self) -> int:
         """Physical memory behind this region, shared blocks included."""
@@ -152,3 +162,12 @@ class Holding:
     def is_clean(self) -> bool:
         """May be asked without the lock, for an answer that may be old by then."""
         return not any(self.dirty(block) for block in list(self.mapped.values()))
+
+
+def _arrives(event: Event) -> bool:
+    """Wait for it; False when the copy before it failed."""
+    try:
+        event.synchronize()
+    except DeviceError:
+        return False
+    return True

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 
 from djinn_core.device.base import Device
-from djinn_core.errors import CapacityError, ConfigError, DeviceError, DjinnError, IntegrityError, OutOfDeviceMemory
+from djinn_core.errors import CapacityError, ConfigError, DjinnError, IntegrityError, OutOfDeviceMemory
 from djinn_core.memory.disktier import DiskTier
 from djinn_core.memory.extents import ExtentPool
 from djinn_core.memory.hosttier import HostTier
@@ -149,14 +149,12 @@ class Pager(Lineages):
 
     def settle(self, holding: Holding, first: int, last: int, new: int) -> None:
         """The pass has been issued: its layers hold `new` tokens more."""
-        self._leave_pass(holding, done=True)
-        self._begin_deferred(holding)
-        with self.lock:
-            table = holding.table
-            for layer in range(first, last):
-                table.lengths[layer] += new
-            table.claimed = 0
-            holding.last_use_s = time.monotonic()
+        try:
+            self._end_by_pass(holding, done=True)
+        except BaseException:
+            self._leave_pass(holding)
+            raise
+        self._leave_pass(holding, range(first, last), new)
 
     def enter_pass(self, holding: Holding) -> None:
         """From here to `settle` or `abandon` a pass uses its memory.
@@ -171,27 +169,40 @@ class Pager(Lineages):
             self.raise_failed(holding)
             raise refusal(holding.id, state, "run")
 
-    def _leave_pass(self, holding: Holding, *, done: bool) -> None:
-        """Nothing more is queued for the pass. What a bring-in that failed meanwhile would have done is done now."""
+    def _leave_pass(self, holding: Holding, layers: range = range(0), new: int = 0) -> None:
+        """Nothing more is queued for the pass: `layers` hold `new` tokens more, and its memory is its own no longer.
+
+        Both at once, or the session could be evicted as if it had no new tokens. What a bring-in that failed meanwhile
+        would have done to the state is done now.
+        """
+        recorded = False
         try:
-            self._end_by_pass(holding, done=done)
-        finally:
             holding.pass_done.record(self.device.current_stream())
+            recorded = True
+        finally:
             with self.lock:
+                table = holding.table
+                for layer in layers if recorded else ():
+                    table.lengths[layer] += new
+                table.claimed = 0
+                if not (new and recorded):
+                    table.writable_until = 0
+                holding.last_use_s = time.monotonic()
                 holding.in_pass = False
                 for job in holding.jobs:
                     job.followed = False
-                failed = any(job.done and job.error and not job.prefetch for job in holding.jobs)
+                failed = any(job.error is not None and not job.prefetch for job in holding.jobs)
                 if failed and holding.state is SessionState.RESUMING:
                     holding.go(SessionState.PAUSED, "fall back")
                     self.lock.notify_all()
+            self._begin_deferred(holding)
 
     def abandon(self, holding: Holding) -> None:
         """The pass failed: no layer holds more than before it."""
-        self._leave_pass(holding, done=False)
-        self._begin_deferred(holding)
-        with self.lock:
-            holding.table.claimed = holding.table.writable_until = 0
+        try:
+            self._end_by_pass(holding, done=False)
+        finally:
+            self._leave_pass(holding)
         if holding.jobs:
             holding.wait_issued()
             self._distrust(holding)
@@ -205,7 +216,7 @@ class Pager(Lineages):
     def _distrust(self, holding: Holding) -> None:
         """Take back what failed copies were to fill; the host has it whole."""
         failed = any(job.error for job in holding.jobs)
-        lost = self._lost(holding)
+        lost = holding.lost()
         failed = failed or bool(lost)
         if failed:
             with self.lock:
@@ -215,25 +226,13 @@ class Pager(Lineages):
 
     def _take_back(self, holding: Holding, lost: Sequence[Block] | None = None) -> None:
         if lost is None:
-            lost = self._lost(holding)
+            lost = holding.lost()
         if lost:
             self._unmap(holding, lost)
         with self.lock:
             holding.jobs.clear()
             if holding.state is not SessionState.RESUMING:
                 self._settle_state(holding, None)
-
-    def _lost(self, holding: Holding) -> list[Block]:
-        """Blocks whose bring-in failed on the way; the host has them whole."""
-        lost: list[Block] = []
-        for layer, arrival in enumerate(holding.arrival):
-            try:
-                for event in (arrival, *holding.arrivals_of_jobs(layer)):
-                    event.synchronize()
-            except DeviceError:
-                row = holding.table.blocks[layer]
-                lost += [b for b in row if holding.mapped.get(b.offset) is b and b.host_valid_bytes >= b.end_bytes()]
-        return lost
 
     def pause(self, holding: Holding, expected_resume_s: float | None, release: bool) -> None:
         """PAUSED, and its write-back under way. Returns at once."""
@@ -395,8 +394,12 @@ class Pager(Lineages):
                     job.restored.synchronize()
                     job.complete()
                 except DjinnError:
-                    if not holding.in_pass:  # else the pass runs into the same
-                        self._distrust(holding)
+                    with self.lock:
+                        idle = not holding.in_pass  # else the pass runs into the same
+                        if idle and holding.state in (SessionState.RESUMING, SessionState.RUNNING):
+                            holding.go(SessionState.PAUSED, "fall back")  # no pass begins from here on
+                    if idle:
+                        self._take_back(holding)
                     raise
 
     def _ask_clean(self, holding: Holding) -> None:

@@ -212,6 +212,7 @@ class Room:
                         return self.pool.acquire(size_bytes, kind, owner)
                     except OutOfDeviceMemory as error:
                         full = error
+                short = short or self.pool.free_bytes < size_bytes
                 made = self._make_room(size_bytes, None, None)
                 if not (
                     made or (short and self.pool.free_bytes >= size_bytes)
@@ -249,6 +250,7 @@ class Room:
                 short = self.pool.free_bytes < needed_bytes
                 if (got := self.take_free(holding.id, sizes)) is not None:
                     return got
+                short = short or self.pool.free_bytes < needed_bytes
                 made = self._make_room(needed_bytes, holding, limit_s)
                 if not (made or (short and self.pool.free_bytes >= needed_bytes)):  # as above
                     raise OutOfDeviceMemory(

@@ -278,14 +278,15 @@ def test_what_a_failed_pass_appended_is_not_taken_for_there(make_rig: MakeRig, m
         assert torch.equal(session.forward(some(30, seed)), oracle.forward(some(30, seed)))
 
 
-def test_a_session_is_not_evicted_in_a_pass_whose_resume_fails(rig: Rig, monkeypatch) -> None:
-    pager = rig.sessions.pager
+def resuming_in_vain(
+    rig: Rig, patch: pytest.MonkeyPatch
+) -> tuple[Session, torch.Tensor, torch.Tensor, threading.Event]:
+    """A session off the device whose next bring-in fails at its last layer once the event is set; ids and logits."""
     session, ids, wanted = begun(rig)
     session.pause(release=True)
     session.wait_until("released", 10)
     rig.device.link_gbps = 0.0002
-    region, mapped, go_on = session._holding.region, [], threading.Event()
-    map_in = Region.map
+    region, mapped, go_on, map_in = session._holding.region, [], threading.Event(), Region.map
 
     def refuse_the_last(self, items):
         if self is region:
@@ -295,7 +296,13 @@ def test_a_session_is_not_evicted_in_a_pass_whose_resume_fails(rig: Rig, monkeyp
                 raise TransferError("the map of the last layer was refused")
         return map_in(self, items)
 
-    seen = []
+    patch.setattr(Region, "map", refuse_the_last)
+    patch.setattr("djinn_core.sessions.bringin.AHEAD_LAYERS", 0)
+    return session, ids, wanted, go_on
+
+
+def test_a_session_is_not_evicted_in_a_pass_whose_resume_fails(rig: Rig, monkeypatch) -> None:
+    pager, seen = rig.sessions.pager, []
 
     def in_the_pass(*_: object) -> None:
         if not seen:
@@ -304,8 +311,7 @@ def test_a_session_is_not_evicted_in_a_pass_whose_resume_fails(rig: Rig, monkeyp
             seen.append((session.state, pager._candidates(None, None, set()), pager.evict(session._holding)))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Region, "map", refuse_the_last)
-        patch.setattr("djinn_core.sessions.bringin.AHEAD_LAYERS", 0)
+        session, ids, wanted, go_on = resuming_in_vain(rig, patch)
         session.resume()
         job = session.trace.job
         hook = rig.served.model.layers[1].register_forward_pre_hook(in_the_pass)
@@ -317,6 +323,68 @@ def test_a_session_is_not_evicted_in_a_pass_whose_resume_fails(rig: Rig, monkeyp
     rig.device.link_gbps = None
     session.resume()
     assert torch.equal(session.forward(ids), wanted)
+
+
+def check_goes_on(rig: Rig, session: Session, ids: torch.Tensor, wanted: torch.Tensor) -> None:
+    """The stopped pass, and the token after it, whose KV depends on every token before."""
+    rig.device.link_gbps = None
+    assert torch.equal(session.resume(), wanted)
+    oracle = Oracle(rig.stock)
+    oracle.forward(prompt())
+    oracle.forward(ids)
+    assert torch.equal(session.forward(likely(wanted)), oracle.forward(likely(wanted)))
+
+
+def test_a_pass_ends_and_counts_its_tokens_at_once(rig: Rig, monkeypatch) -> None:
+    """Its resume has failed in a layer that it did not need; who is evicted then has the new tokens saved."""
+    pager = rig.sessions.pager
+    leave, evicted = pager._leave_pass, []
+
+    def leave_and_be_evicted(holding, *done):
+        go_on.set()
+        holding.jobs[0].wait_issued()
+        leave(holding, *done)
+        thread = threading.Thread(target=lambda: evicted.append(pager.evict(holding, wait=False)))
+        thread.start()
+        thread.join(10)
+
+    with monkeypatch.context() as patch:
+        session, ids, wanted, go_on = resuming_in_vain(rig, patch)
+        patch.setattr(pager, "_leave_pass", leave_and_be_evicted)
+        session.resume()
+        session.forward(ids, stop_after=1)
+    assert evicted == [True] and session.state is SessionState.SWAPPED
+    check_goes_on(rig, session, ids, wanted)
+
+
+def test_a_pass_that_ends_while_its_resume_fails_can_be_resumed(rig: Rig, monkeypatch) -> None:
+    """Between the two, each left the state to the other."""
+    pager = rig.sessions.pager
+    ended, leave, failed, left = pager.ended, pager._leave_pass, threading.Event(), threading.Event()
+
+    def ended_and_wait(job):
+        ended(job)
+        if job.error is not None:
+            failed.set()
+            assert left.wait(10)
+
+    def leave_late(holding, *done):
+        go_on.set()
+        assert failed.wait(10)
+        try:
+            leave(holding, *done)
+        finally:
+            left.set()
+
+    with monkeypatch.context() as patch:
+        session, ids, wanted, go_on = resuming_in_vain(rig, patch)
+        patch.setattr(pager, "ended", ended_and_wait)
+        patch.setattr(pager, "_leave_pass", leave_late)
+        session.resume()
+        session.forward(ids, stop_after=1)
+        session._holding.jobs[0].wait_issued()
+    assert session.state is SessionState.PAUSED
+    check_goes_on(rig, session, ids, wanted)
 
 
 def test_memory_stays_under_an_earlier_copy_when_a_later_one_is_done(make_rig: MakeRig, monkeypatch) -> None:
