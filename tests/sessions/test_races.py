@@ -194,6 +194,22 @@ def test_a_prefetch_that_fails_under_a_resume_leaves_it_resumed(make_rig: MakeRi
     assert torch.equal(session.forward(ids), wanted)
 
 
+def two_that_do_not_fit(rig: Rig) -> tuple[Session, Session, object, torch.Tensor, torch.Tensor]:
+    """Two sessions off the device, and a checkpoint of the first with blocks of its own; its pass's ids and logits."""
+    victim, ids, wanted = begun(rig)
+    start = victim.checkpoint()
+    victim.forward(ids)
+    point = victim.checkpoint()
+    victim.resume(start)
+    victim.forward(ids + 1)  # in blocks of its own: what `point` has is off the device
+    victim.pause(release=True)
+    victim.wait_until("released", 10)
+    other, _, _ = begun(rig)
+    other.pause(release=True)
+    other.wait_until("released", 10)
+    return victim, other, point, ids, wanted
+
+
 def test_who_makes_room_does_not_wait_for_a_session_that_waits_for_him(make_rig: MakeRig, monkeypatch) -> None:
     """The one chosen to leave is resumed and paused before it is evicted: its bring-in waits for the same thread."""
     chosen, go_on = threading.Event(), threading.Event()
@@ -208,17 +224,7 @@ def test_who_makes_room_does_not_wait_for_a_session_that_waits_for_him(make_rig:
 
     rig = make_rig(policy=Asking(), device_bytes=2 * SESSION_BYTES)  # staging takes a part: two sessions do not fit
     pager, take_free = rig.sessions.pager, rig.sessions.pager.take_free
-    victim, ids, wanted = begun(rig)
-    start = victim.checkpoint()
-    victim.forward(ids)
-    point = victim.checkpoint()
-    victim.resume(start)
-    victim.forward(ids + 1)  # in blocks of its own: what `point` has is off the device
-    victim.pause(release=True)
-    victim.wait_until("released", 10)
-    other, _, _ = begun(rig)
-    other.pause(release=True)
-    other.wait_until("released", 10)
+    victim, other, point, ids, wanted = two_that_do_not_fit(rig)
     victim.prefetch()
     victim.wait_until("restored", 10)
     monkeypatch.setattr(
@@ -439,17 +445,7 @@ def test_who_makes_room_looks_again_before_waiting(make_rig: MakeRig, monkeypatc
     """As above, between the look at the one that is to leave and its write-back."""
     rig = make_rig(device_bytes=2 * SESSION_BYTES)
     pager, take_free, wait_idle = rig.sessions.pager, rig.sessions.pager.take_free, writeback._wait_idle
-    victim, ids, wanted = begun(rig)
-    start = victim.checkpoint()
-    victim.forward(ids)
-    point = victim.checkpoint()
-    victim.resume(start)
-    victim.forward(ids + 1)
-    victim.pause(release=True)
-    victim.wait_until("released", 10)
-    other, _, _ = begun(rig)
-    other.pause(release=True)
-    other.wait_until("released", 10)
+    victim, other, point, ids, wanted = two_that_do_not_fit(rig)
     victim.resume()
     victim.forward(ids)
     looked, go_on = threading.Event(), threading.Event()
