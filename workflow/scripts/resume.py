@@ -105,7 +105,7 @@ def make_bench(exp: harness.Experiment, runtime: djinn.Runtime, max_length: int)
     stock = build_meta_model(loaded.source.config, dtype)
     bind(stock, {name: parameter.data for name, parameter in served.named_parameters()})
     gc.collect()
-    gc.freeze()  # or a full collection walks over all that was imported, and stops every thread for 0.3 s
+    gc.freeze()  # or a full collection walks over all that was imported while every thread waits
     return Bench(runtime.device, stock.eval(), served, max_length)
 
 
