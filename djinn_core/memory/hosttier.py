@@ -150,13 +150,13 @@ class HostTier:
             OutOfHostMemory: the budget or the machine is full. Nothing changed.
             PinningRefused: a new slab could not be page-locked. Nothing changed.
         """
-        block = self._take(size_bytes, owner)
+        block = self.take_ready(size_bytes, owner)
         while block is None:
             with self._growing:
-                block = self._take(size_bytes, owner)
+                block = self.take_ready(size_bytes, owner)
                 if block is None:
                     self._grow(size_bytes, owner)
-                    block = self._take(size_bytes, owner)
+                    block = self.take_ready(size_bytes, owner)
         return block
 
     def prepare(self, size_bytes: int) -> None:
@@ -207,7 +207,8 @@ class HostTier:
         with self._growing:
             self._drop_empty_slabs(self.budget_bytes)
 
-    def _take(self, size_bytes: int, owner: str) -> HostBlock | None:
+    def take_ready(self, size_bytes: int, owner: str) -> HostBlock | None:
+        """A block out of the slabs that stand, as by `allocate`; None when none has room."""
         with self._lock:
             if self._closed:
                 raise UsageError("the host tier is closed")

@@ -16,6 +16,7 @@ from djinn_core.sessions.blocks import Block, BlockTable, Layout
 from djinn_core.sessions.state import SessionState, transition
 
 if TYPE_CHECKING:
+    from djinn_core.sessions.behind import Behind
     from djinn_core.sessions.bringin import BringIn
     from djinn_core.sessions.checkpoint import Boundary, Checkpoint
 
@@ -32,6 +33,7 @@ class Holding:
         jobs: bring-ins under way, or whose copies a pass may still have to wait for.
         deferred: a bring-in that begins when the pass under way has been issued.
         queued, draining: a write-back is wanted, or under way.
+        behind: what the last pass has written to the host while it ran, until that is taken in.
         unstarted: the wanted write-back has not been taken up by any thread yet.
         wanted: how many write-backs have been wanted; drains: how many threads do one now.
         in_pass: a pass uses its memory; a bring-in that fails meanwhile leaves the state to the end of the pass.
@@ -59,6 +61,7 @@ class Holding:
         self.deferred: BringIn | None = None
         self.queued = self.unstarted = self.draining = self.needed = self.moving = self.release = self.changing = False
         self.in_pass = False
+        self.behind: Behind | None = None
         self.wanted = self.drains = 0
         self.leaving = 0
         self.pins = 0

@@ -13,6 +13,7 @@ from djinn_core.sessions.inputs import EditsByLayer
 
 if TYPE_CHECKING:
     from djinn_core.device.base import Stream
+    from djinn_core.sessions.behind import Behind
     from djinn_core.sessions.bringin import BringIn
 
 
@@ -26,6 +27,7 @@ class Control:
         enter: given the embeddings, returns what layer `first` receives; None leaves them.
         edits: applied to the hidden states after a layer (counted from 1).
         keep: takes the boundary when the pass stops.
+        behind: copies each layer's KV to the host while the next ones compute.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Control:
         enter: Callable[[torch.Tensor], torch.Tensor] | None,
         edits: EditsByLayer,
         keep: Callable[[torch.Tensor], None],
+        behind: Behind | None = None,
     ) -> None:
         self.first_layer = first
         self._stop = stop
@@ -46,6 +49,7 @@ class Control:
         self._enter = enter
         self._edits = edits
         self._keep = keep
+        self._behind = behind
 
     def enter(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden if self._enter is None else self._enter(hidden)
@@ -58,6 +62,8 @@ class Control:
         done = layer + 1
         if done in self._edits:
             hidden = apply_edits(self._edits[done], hidden)
+        if self._behind is not None:
+            self._behind.layer(layer, self._compute)
         if done == self._stop:
             self._keep(hidden)
             raise PassStopped

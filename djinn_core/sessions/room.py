@@ -28,7 +28,7 @@ from djinn_core.sessions.policy import Candidate, ExpectedLast, Policy
 from djinn_core.sessions.staging import Staging
 from djinn_core.sessions.state import SessionState
 from djinn_core.sessions.tiers import Tiers
-from djinn_core.sessions.writeback import write_back
+from djinn_core.sessions.writeback import finish_behind, write_back
 
 
 class Room:
@@ -163,6 +163,7 @@ class Room:
         """Unmap here, and give back what is mapped nowhere else. Nobody borrows or copies from here meanwhile."""
         if not blocks:
             return 0
+        finish_behind([holding])
         with self.lock:
             self.lock.wait_for(lambda: not holding.draining and not holding.pins)
             before, holding.moving = holding.moving, True

@@ -19,6 +19,7 @@ import torch
 
 from djinn_core.errors import BreakpointError, SessionStateError, UsageError
 from djinn_core.models.boundary import RUNNING, PassStopped
+from djinn_core.sessions.behind import Behind
 from djinn_core.sessions.breakpoints import Breakpoint, check_breakpoint, check_layer
 from djinn_core.sessions.checkpoint import Checkpoint, PassInputs, Story
 from djinn_core.sessions.edits import Edit, apply_edits
@@ -247,14 +248,13 @@ class Session:
                 boundary = reserve_boundary(pager, holding, new, self._hidden)
             if not claimed:
                 pager.claim(holding, first, last, new)
+            compute = pager.device.current_stream()
             control = Control(
-                first,
-                stop,
-                holding.jobs,
-                pager.device.current_stream(),
+                *(first, stop, holding.jobs, compute),
                 enter=enter,
                 edits=edits,
                 keep=lambda hidden: keep_boundary(pager, boundary, hidden),
+                behind=Behind(pager, holding, new) if stop is not None and new > 1 else None,
             )
             out = self._call(control, inputs, holding.start_of(first, new))
         except BaseException:

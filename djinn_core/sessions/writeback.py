@@ -75,7 +75,9 @@ def write_back(
                 finally:
                     done.record(room.d2h)
                 for group in groups:
-                    copied += _take_in(room, group, part)
+                    copied += take_in(room, group)
+                    if part is not None:
+                        part([copy.block for copy in group[0]])
             finally:
                 with contextlib.suppress(DjinnError):  # the failure is being raised; no copy reads any more
                     done.synchronize()
@@ -92,22 +94,38 @@ def write_back(
     return copied
 
 
+def finish_behind(holdings: Iterable[Holding]) -> None:
+    """Take in what their last passes have written behind themselves, before anyone waits for that."""
+    for behind in [holding.behind for holding in holdings]:
+        if behind is not None:
+            behind.finish()
+
+
 def _wait_idle(room: Room, holding: Holding) -> None:
     """One write-back per session at a time, and none while its memory is being unmapped."""
+    finish_behind([holding])
     with room.lock:
         room.lock.wait_for(lambda: not holding.draining and not holding.moving)
         holding.draining = True
 
 
 def _claim(room: Room, holding: Holding, blocks: Iterable[Block], todo: list[Copy]) -> None:
-    with room.lock:
-        wanted = list(blocks)
-        room.lock.wait_for(lambda: not any(block.copying_bytes for block in wanted))  # a sibling's write-back
-        for block in wanted:
-            end = block.end_bytes()
-            if holding in block.places and block.host_valid_bytes < end:  # it may have left this region meanwhile
-                block.copying_bytes = end
-                todo.append(Copy(block, block.host_valid_bytes, end, block.epoch))
+    """Claim what is new; waits while a sibling's write-back is at one of the blocks."""
+    wanted = list(blocks)
+    while True:
+        with room.lock:
+            busy = [block for block in wanted if block.copying_bytes]
+            if not busy:
+                for block in wanted:
+                    end = block.end_bytes()
+                    if holding in block.places and block.host_valid_bytes < end:  # it may have left this region
+                        block.copying_bytes = end
+                        todo.append(Copy(block, block.host_valid_bytes, end, block.epoch))
+                return
+            over = [p for block in busy for p in block.places if p.behind is not None and p.behind.over]
+            if not over:
+                room.lock.wait()
+        finish_behind(over)
 
 
 def _wait_for_bytes(room: Room, todo: list[Copy]) -> None:
@@ -136,29 +154,31 @@ def _issue(
         copies.append(copy)
         size_bytes += end - begin
         if size_bytes >= GROUP_BYTES:
-            _issue_group(room, memory, groups, copies, begun)
+            if not groups:
+                begun.record(room.d2h)
+            groups.append(issue_group(room, memory, copies))
             copies, size_bytes = [], 0
     if copies:
-        _issue_group(room, memory, groups, copies, begun)
+        if not groups:
+            begun.record(room.d2h)
+        groups.append(issue_group(room, memory, copies))
     return full
 
 
-def _issue_group(room: Room, memory: torch.Tensor, groups: list[Group], copies: list[Copy], begun: Event) -> None:
-    """All copies of a group in one call, and the event behind them; `begun` before the first group."""
+def issue_group(room: Room, memory: torch.Tensor, copies: list[Copy]) -> Group:
+    """All copies of a group in one call, out of a region's `memory`, and the event behind them."""
     pairs = [
         (block.host.tensor[begin:end], memory[block.offset + begin : block.offset + end])
         for block, begin, end, _ in copies
     ]
-    if not groups:
-        begun.record(room.d2h)
     room.device.copy_all(pairs, room.d2h, Direction.D2H)
     event = room.device.event()
     event.record(room.d2h)
-    groups.append((copies, event))
+    return copies, event
 
 
-def _take_in(room: Room, group: Group, part: Callable[[list[Block]], None] | None) -> int:
-    """Wait for one group, and count it; returns its bytes."""
+def take_in(room: Room, group: Group) -> int:
+    """Wait for one group, and count it; returns its bytes. Its blocks stay claimed."""
     copies, event = group
     event.synchronize()
     copied = 0
@@ -166,8 +186,5 @@ def _take_in(room: Room, group: Group, part: Callable[[list[Block]], None] | Non
         for block, begin, end, epoch in copies:
             if block.epoch == epoch:
                 block.host_valid_bytes = end
-            block.copying_bytes = 0
             copied += end - begin
-    if part is not None:
-        part([copy.block for copy in copies])
     return copied

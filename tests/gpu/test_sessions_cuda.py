@@ -74,6 +74,26 @@ def test_resume_equals_the_uninterrupted_run(rig, layer, release) -> None:
     session.close()
 
 
+def test_what_a_prefill_writes_behind_itself_waits_for_its_layers(rig) -> None:
+    """All copies are issued long before the first layer has run."""
+    stock, served, device, sessions = rig
+    ids = prompt(tokens=300).cuda()
+    wanted = Oracle(stock).forward(ids)
+    session = sessions.open(served, max_length=400)
+    session.forward(ids, stop_after=3)  # the host has room at hand from here on
+    session.close()
+    session = sessions.open(served, max_length=400)
+    torch.cuda._sleep(400_000_000)
+    session.forward(ids, stop_after=3)
+    busy = not torch.cuda.current_stream().query()
+    before = device.copied.d2h_bytes
+    session.pause(release=True)
+    session.wait_until("released", 10)
+    assert busy and device.copied.d2h_bytes == before
+    assert torch.equal(session.resume(), wanted)
+    session.close()
+
+
 def test_a_graph_replays_across_a_swap(rig) -> None:
     """Attention over a session's KV, captured once: the addresses that it holds are good after the memory came back."""
     _, served, device, sessions = rig

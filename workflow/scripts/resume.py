@@ -80,7 +80,7 @@ def run(exp: harness.Experiment, system: str) -> None:
         gc.disable()  # a collection in the middle of one repeat would be read as that method's time
         for layer in config["layers"]:
             measure_layer(exp, bench, methods, prompt, layer, reference)
-            measure_drain(exp, bench, methods[0], prompt, layer)
+            measure_drain(exp, bench, methods, prompt, layer)
         measure_next_token(exp, bench, methods, prompt)
         gc.enable()
         if system == "djinn":
@@ -203,26 +203,47 @@ def record_transfer(
         exp.result.sample("ratio_to_theoretical", elapsed_ms / theoretical_ms, "ratio", warmup=warmup, **dims)
 
 
-def measure_drain(exp: harness.Experiment, bench: Bench, method: Method, prompt: torch.Tensor, layer: int) -> None:
-    """How long the pause call takes, and how long until its memory is free, each time on a fresh state."""
-    device = bench.device
-    for state in method.states:
+def measure_drain(
+    exp: harness.Experiment, bench: Bench, methods: list[Method], prompt: torch.Tensor, layer: int
+) -> None:
+    """How long the first method's pause call takes, and how long until its memory is free, on a fresh state each time.
+
+    `run_ms` has the way there, with eager's beside it: what a method does beforehand shows there.
+    """
+    own, eager = methods[0], [method for method in methods[1:] if method.name == "eager"]
+    for state in own.states:
         for repeat in range(1 + exp.config["drain_repeats"]):
-            handle = method.run_to(prompt, layer, state)
-            device.synchronize()
+            for method in eager:
+                handle = timed_run(exp, bench, method, prompt, layer, state="S", warmup=repeat == 0)
+                method.close(handle)
+            handle = timed_run(exp, bench, own, prompt, layer, state=state, warmup=repeat == 0)
             begin_s = time.perf_counter()
-            method.pause(handle)
+            own.pause(handle)
             paused_s = time.perf_counter()
-            method.drain(handle)
+            own.drain(handle)
             drained_s = time.perf_counter()
-            dims = {"layer": layer, "method": method.name, "state": state}
-            size_bytes, warmup = method.drained_bytes(handle), repeat == 0
-            method.close(handle)
-            exp.result.sample("pause_ms", (paused_s - begin_s) * 1e3, "ms", warmup=warmup, **dims)
-            exp.result.sample("drain_ms", (drained_s - begin_s) * 1e3, "ms", warmup=warmup, **dims)
+            dims = {"layer": layer, "method": own.name, "state": state, "warmup": repeat == 0}
+            size_bytes, moved_bytes = own.drained_bytes(handle), own.moved_bytes(handle)
+            own.close(handle)
+            exp.result.sample("pause_ms", (paused_s - begin_s) * 1e3, "ms", **dims)
+            exp.result.sample("drain_ms", (drained_s - begin_s) * 1e3, "ms", **dims)
             if size_bytes:
                 gbps = size_bytes / (drained_s - begin_s) / 1e9
-                exp.result.sample("drain_gbps", gbps, "GB/s", warmup=warmup, **dims)
+                exp.result.sample("drain_gbps", gbps, "GB/s", **dims)
+                exp.result.sample("drain_moved_bytes", moved_bytes, "bytes", **dims)
+
+
+def timed_run(
+    exp: harness.Experiment, bench: Bench, method: Method, prompt: torch.Tensor, layer: int, *, state: str, warmup: bool
+) -> Any:
+    """Prefill to the end of `layer`, until the device is idle, copies included; the method's handle."""
+    bench.device.synchronize()
+    begin_s = time.perf_counter()
+    handle = method.run_to(prompt, layer, state)
+    bench.device.synchronize()
+    took_ms = (time.perf_counter() - begin_s) * 1e3
+    exp.result.sample("run_ms", took_ms, "ms", warmup=warmup, layer=layer, method=method.name, state=state)
+    return handle
 
 
 def measure_next_token(exp: harness.Experiment, bench: Bench, methods: list[Method], prompt: torch.Tensor) -> None:

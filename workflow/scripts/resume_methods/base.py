@@ -178,5 +178,9 @@ class Method(ABC):
         """The bytes that a resume has to bring back."""
 
     def drained_bytes(self, handle: Any) -> int:
-        """The bytes that the last `pause` and `drain` had to move."""
+        """The bytes of state that were on the device until the last `pause` and `drain`."""
         return self.state_bytes(handle)
+
+    def moved_bytes(self, handle: Any) -> int:
+        """How many of them moved since that `pause`; the others were on the host already."""
+        return self.drained_bytes(handle)

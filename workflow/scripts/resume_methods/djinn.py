@@ -76,5 +76,9 @@ class Djinn(Method):
         return handle.checkpoint.state_bytes
 
     def drained_bytes(self, handle: Handle) -> int:
-        """Counted at the copies: the boundary went out when the pass stopped, so only the KV cache is left to move."""
+        """The KV cache; the boundary went out when the pass stopped."""
+        return handle.checkpoint.kv_bytes
+
+    def moved_bytes(self, handle: Handle) -> int:
+        """Counted at the copies; what the pass wrote behind itself was there before."""
         return self.bench.device.copied.d2h_bytes - self._out_bytes
