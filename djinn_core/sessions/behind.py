@@ -1,129 +1,167 @@
 """Writing behind: a prefill that is going to stop copies each layer's KV to the host while the next ones compute.
 
-Who sets a breakpoint is about to leave. A prefill computes longer on a layer than the link takes for its KV, so at
-the stop nearly all of it is on the host, and a pause only unmaps. If the session goes on instead, the copies are kept
-as any other, and are the first that the host drops when it needs room.
+Who sets a breakpoint is about to leave. A prefill computes for longer on a layer than the link takes for its KV, so at
+the stop nearly all of it is on the host, and a pause only unmaps. Only blocks that the host has nothing of take part.
 
-Invariant: until the pass has ended, nothing of this counts; then it does as in `writeback`. Between the first copy and
-`finish` the session is `draining`, so its memory is not unmapped; whoever waits for that calls `finish` first, since
-the writer's thread may be the one that waits.
+Invariant: until the pass has ended and someone `settle`s, the copies are this object's alone, in host memory that no
+block knows of. So nobody waits for a pass that writes behind itself, and a pass that fails leaves nothing. Memory is
+unmapped only after `settle`, like after any other transfer, and a host that is full takes these copies back first.
 
-Not taken: doing so in every pass. A pass over one token has 20 KB a layer to write and no time to issue copies in.
+Not taken: claiming the blocks, as a write-back does. Whoever waits for a claim would wait for a pass, and could be the
+one that the pass waits for. Nor doing so in every pass: most do not stop, and over one token there is nothing to gain.
 """
 
 from __future__ import annotations
 
-import contextlib
+import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from djinn_core.device.base import Stream
+from djinn_core.device.base import Direction, Event, Stream
 from djinn_core.errors import DeviceError, DjinnError
-from djinn_core.sessions.holding import Holding
-from djinn_core.sessions.writeback import Copy, Group, issue_group, take_in
+from djinn_core.sessions.blocks import Block
 
 if TYPE_CHECKING:
+    from djinn_core.memory.hosttier import HostBlock
+    from djinn_core.sessions.holding import Holding
     from djinn_core.sessions.room import Room
 
 
+@dataclass(eq=False)
+class Copy:
+    """The first `end` bytes of a block on their way to `host`; `event` is behind them, None if they were not issued."""
+
+    block: Block
+    host: HostBlock
+    end: int
+    epoch: int
+    event: Event | None = None
+
+
 class Behind:
-    """The copies behind one pass over `new` tokens. Only the pass's thread calls `layer` and `end`.
+    """The copies behind one pass of `holding` over `new` tokens.
 
-    Nothing here fails the pass: what could not be written behind is written at the pause.
-
-    Attributes:
-        over: the pass has ended, so that `finish` has something to wait for.
+    The pass's thread calls `layer` and `end`, anyone the rest. Nothing here fails the pass: what could not be written
+    behind is written at the pause.
     """
 
     def __init__(self, room: Room, holding: Holding, new: int) -> None:
         self._room = room
         self._holding = holding
         self._new = new
-        self._groups: list[Group] = []
+        self._stream = room.d2h_behind
+        self._issuing = threading.Lock()  # guards the two below; taken before the room's
         self._going = True
-        self._counts = False
-        self.over = False
+        self._copies: list[Copy] = []
+        self._over = self._counts = False
 
     def layer(self, layer: int, compute: Stream) -> None:
         """`layer` has been issued on `compute`: issue the copies of what it wrote behind it."""
-        if not self._going:
+        with self._issuing:
+            if not self._going:
+                return
+            try:
+                self._copy(layer, compute)
+            except DjinnError as error:
+                self._going = False
+                self._room.log(self._holding, f"not written behind ({error})")
+
+    def _copy(self, layer: int, compute: Stream) -> None:
+        new = self._claim(layer)
+        if not new:
             return
-        room, todo = self._room, self._claim(layer)
-        if not todo:
-            return
-        try:
-            written = room.device.event()
-            written.record(compute)
-            room.d2h.wait_event(written)
-            self._groups.append(issue_group(room, self._holding.region.tensor, todo))
-        except BaseException as error:
-            self._going = False
-            with contextlib.suppress(DeviceError):  # the same failure; no copy reads any more
-                room.d2h.synchronize()
-            self._let_go(todo)
-            if not isinstance(error, DjinnError):
-                raise
-            room.log(self._holding, f"not written behind ({error})")
+        memory, written, event = self._holding.region.tensor, self._room.device.event(), self._room.device.event()
+        written.record(compute)
+        self._stream.wait_event(written)
+        pairs = [(c.host.tensor[: c.end], memory[c.block.offset : c.block.offset + c.end]) for c in new]
+        self._room.device.copy_all(pairs, self._stream, Direction.D2H)
+        event.record(self._stream)
+        for copy in new:
+            copy.event = event
 
     def _claim(self, layer: int) -> list[Copy]:
-        """What is new in `layer`, where nobody else is at it and the host has room at hand."""
-        holding, table, todo = self._holding, self._holding.table, []
+        """Blocks of `layer` that the host has nothing of, with room for them that is at hand."""
+        holding, table, first = self._holding, self._holding.table, len(self._copies)
         with self._room.lock:
-            if holding.draining and holding.behind is not self:  # an earlier write-back is still under way
-                self._going = False
-                return todo
-            length = table.lengths[layer] + self._new
             for block in table.blocks[layer]:
-                end = table.layout.end_bytes(block.index, length)
-                if block.host_valid_bytes >= end or block.copying_bytes:
+                end = table.layout.end_bytes(block.index, table.lengths[layer] + self._new)
+                if not end or block.host or block.disk or block.behind_bytes or block.copying_bytes:
                     continue
-                if block.host is None:
-                    block.host = self._room.tiers.host.take_ready(block.size_bytes, holding.id)
-                if block.host is None:
+                host = self._room.tiers.host.take_ready(block.size_bytes, holding.id)
+                if host is None:
                     self._going = False
                     break
-                block.copying_bytes = end
-                todo.append(Copy(block, block.host_valid_bytes, end, block.epoch))
-            if todo:
-                holding.draining, holding.behind = True, self
-        return todo
+                self._copies.append(Copy(block, host, end, block.epoch))
+                block.behind_bytes = end
+        return self._copies[first:]
 
     def end(self, *, done: bool) -> None:
-        """The pass is over; its bytes count when it is `done`. Then `finish`."""
-        with self._room.lock:
-            self._counts, self.over = done, True
-            self._room.lock.notify_all()
+        """The pass has ended; its bytes count if it is `done`. What a later pass says does not matter."""
+        if not self._over:
+            self._counts, self._over = done, True
 
-    def finish(self) -> None:
-        """Wait for the copies, and count them; by whoever comes first. Nothing while the pass is under way."""
-        room, holding = self._room, self._holding
-        room.device.bind_thread()
-        with room.lock:
-            if not self.over or holding.behind is not self:
-                return
-            holding.behind = None
-        copied = 0
+    @property
+    def idle(self) -> bool:
+        """The pass has ended, and so have the copies."""
         try:
-            for group in self._groups:
-                copied += self._wait_for(group)
-        finally:
-            self._let_go([copy for copies, _ in self._groups for copy in copies], last=True)
-        if copied:
-            room.log(holding, "written behind", copied)
+            return self._over and all(copy.event is None or copy.event.query() for copy in self._copies)
+        except DeviceError:  # it failed, which is an end too
+            return True
 
-    def _wait_for(self, group: Group) -> int:
-        """Wait until its copies have ended; the bytes of it that count."""
-        try:
-            if self._counts:
-                return take_in(self._room, group)
-            group[1].synchronize()
-        except DeviceError as error:
-            self._room.log(self._holding, f"not written behind ({error})")
-        return 0
+    def settle(self) -> None:
+        """Return when no copy reads the device any more; after the pass what has come counts, once."""
+        lost = self._wait()
+        if self._over:
+            self._let_go(lost)
 
-    def _let_go(self, copies: list[Copy], *, last: bool = False) -> None:
-        with self._room.lock:
+    def give_up(self) -> bool:
+        """The host is full: begin no more copies, and give back what does not count yet. False if there was none."""
+        with self._issuing:
+            self._going = False
+        some = bool(self._copies)
+        self._let_go(self._wait())
+        return some
+
+    def _wait(self) -> set[Copy]:
+        """Wait for the copies; those that failed."""
+        with self._issuing:
+            copies, lost = list(self._copies), set()
+        for copy in copies:
+            try:
+                (copy.event or self._stream).synchronize()
+            except DeviceError as error:
+                lost.add(copy)
+                self._room.log(self._holding, f"not written behind ({error})")
+        return lost | {copy for copy in copies if copy.event is None}
+
+    def _let_go(self, lost: set[Copy]) -> None:
+        """Give each copy to its block, or its host memory back."""
+        counted = 0
+        with self._issuing, self._room.lock:
+            copies, self._copies = self._copies, []
+            if self._over and self._holding.behind is self:
+                self._holding.behind = None
             for copy in copies:
-                copy.block.copying_bytes = 0
-            if last:
-                self._holding.draining = False
+                block = copy.block
+                block.behind_bytes = 0
+                right = self._counts and copy not in lost and block.epoch == copy.epoch
+                with block.lock:
+                    if right and block.holders and not (block.host or block.disk or block.copying_bytes):
+                        block.host, block.host_valid_bytes = copy.host, copy.end
+                        counted += copy.end
+                        continue
+                copy.host.free()
             self._room.lock.notify_all()
+        if counted:
+            self._room.log(self._holding, "written behind", counted)
+
+
+def write_behind(room: Room, holding: Holding, new: int) -> Behind | None:
+    """For a pass over `new` tokens that is going to stop; None when it had better not write behind itself."""
+    earlier = holding.behind
+    if earlier is not None and earlier.idle:
+        earlier.settle()
+    if new == 1 or holding.behind is not None or not room.tiers.host.pinned:  # pageable copies would hold up the pass
+        return None
+    holding.behind = Behind(room, holding, new)
+    return holding.behind

@@ -121,12 +121,14 @@ class Block(Stored):
         holders: the tables that refer to it.
         places: the holdings in whose region it is mapped.
         copying_bytes: how far a write-back under way reads, 0 when there is none.
-        epoch: grows when something of that is about to be overwritten, so that the write-back does not count.
+        behind_bytes: how far a pass has written it to the host behind itself, 0 when that counts already, or never.
+        epoch: grows when something of that is about to be overwritten, so that copies under way do not count.
         ready: the event after which what was last brought in is there.
         loading: a bring-in of it is planned or under way.
     """
 
     __slots__ = (
+        "behind_bytes",
         "copying_bytes",
         "device",
         "epoch",
@@ -148,6 +150,7 @@ class Block(Stored):
         self.holders: set[BlockTable] = set()
         self.places: set[Holding] = set()
         self.copying_bytes = 0
+        self.behind_bytes = 0
         self.epoch = 0
         self.ready = None
         self.loading = False
@@ -160,7 +163,7 @@ class Block(Stored):
         """What lies past `end_bytes` will be overwritten: no copy of it is right any more."""
         self.host_valid_bytes = min(self.host_valid_bytes, end_bytes)
         self.disk_valid_bytes = min(self.disk_valid_bytes, end_bytes)
-        if self.copying_bytes > end_bytes:
+        if max(self.copying_bytes, self.behind_bytes) > end_bytes:
             self.epoch += 1
 
 

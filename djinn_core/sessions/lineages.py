@@ -15,7 +15,7 @@ from djinn_core.sessions.checkpoint import Boundary, Checkpoint
 from djinn_core.sessions.holding import Holding
 from djinn_core.sessions.room import Room
 from djinn_core.sessions.state import SessionState, transition
-from djinn_core.sessions.writeback import finish_behind, write_back
+from djinn_core.sessions.writeback import write_back
 
 
 class Lineages(Room):
@@ -29,7 +29,6 @@ class Lineages(Room):
         self.log(holding, "close")
 
     def _close(self, holding: Holding) -> None:
-        finish_behind([holding])
         with self.lock:
             transition(holding.id, holding.state, SessionState.CLOSED, "be closed")
             self.lock.wait_for(lambda: not (holding.draining or holding.moving or holding.pins))
@@ -102,7 +101,6 @@ class Lineages(Room):
                 kept = [b for b in blocks if holding.last_place(b) and any(table is not own for table in b.holders)]
             if kept:
                 write_back(self, holding, kept)
-            finish_behind([holding])
             with self.lock:
                 self.lock.wait_for(lambda: not (holding.draining or holding.moving or holding.pins))
                 holding.moving = True

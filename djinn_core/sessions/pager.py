@@ -14,8 +14,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 from djinn_core.device.base import Device
 from djinn_core.errors import CapacityError, ConfigError, DjinnError, IntegrityError, OutOfDeviceMemory
@@ -54,7 +53,7 @@ class Pager(Lineages):
         policy: Policy | None = None,
     ) -> None:
         super().__init__(device, pool, host, disk, policy)
-        self._out: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._out: queue.SimpleQueue[Holding | Boundary | None] = queue.SimpleQueue()
         self._closed = False
         self._writer = threading.Thread(target=self._work_out, name="djinn-writer", daemon=True)
         self._writer.start()
@@ -196,18 +195,9 @@ class Pager(Lineages):
                 if failed and holding.state is SessionState.RESUMING:
                     holding.go(SessionState.PAUSED, "fall back")
                     self.lock.notify_all()
-            self._end_behind(holding, done=recorded and new > 0)
+            if holding.behind is not None:
+                holding.behind.end(done=recorded and new > 0)
             self._begin_deferred(holding)
-
-    def _end_behind(self, holding: Holding, *, done: bool) -> None:
-        """The copies behind a pass that is `done` are taken in by the writer; those behind a failed one end here."""
-        behind = holding.behind
-        if behind is not None:
-            behind.end(done=done)
-            if done:
-                self._out.put(behind.finish)
-            else:
-                behind.finish()
 
     def abandon(self, holding: Holding) -> None:
         """The pass failed: no layer holds more than before it."""
@@ -256,7 +246,7 @@ class Pager(Lineages):
             holding.release, holding.prefetch_failed = release, False
             self._want(holding)
             holding.trouble, holding.needed = None, False
-        self._out.put(partial(self._drain, holding))
+        self._out.put(holding)
         self.log(holding, "pause")
 
     def resume(self, holding: Holding, first: int, last: int, new: int) -> BringIn | None:
@@ -423,7 +413,7 @@ class Pager(Lineages):
             if holding.state is SessionState.PAUSED and again and not under_way and not holding.is_clean():
                 holding.trouble = None
                 self._want(holding)
-                self._out.put(partial(self._drain, holding))
+                self._out.put(holding)
 
     def _want(self, holding: Holding) -> None:
         """One more write-back is wanted. The lock is held."""
@@ -443,18 +433,22 @@ class Pager(Lineages):
 
     def boundary_issued(self, boundary: Boundary) -> None:
         """Its copy to the host is under way; its device copy is dropped when that is complete."""
-        self._out.put(partial(self._settle_boundary, boundary))
+        self._out.put(boundary)
 
     def _work_out(self) -> None:
-        while (work := self._out.get()) is not None:
-            try:
-                work()
-            except BaseException as error:  # noqa: BLE001 - the thread's edge: what it was to write stays where it is
-                self.log_id("-", f"stays on the device ({error!r})")
+        while (item := self._out.get()) is not None:
+            if isinstance(item, Boundary):
+                self._settle_boundary(item)
+            else:
+                self._drain(item)
 
     def _settle_boundary(self, boundary: Boundary) -> None:
-        self.device.bind_thread()
-        boundary.written.synchronize()
+        try:
+            self.device.bind_thread()
+            boundary.written.synchronize()
+        except BaseException as error:  # noqa: BLE001 - the thread's edge; a resume takes what is on the device
+            self.log_id("-", f"boundary stays on the device ({error!r})")
+            return
         with self.lock:
             boundary.host_valid_bytes = boundary.size_bytes
             boundary.device = None

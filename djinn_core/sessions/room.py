@@ -28,7 +28,7 @@ from djinn_core.sessions.policy import Candidate, ExpectedLast, Policy
 from djinn_core.sessions.staging import Staging
 from djinn_core.sessions.state import SessionState
 from djinn_core.sessions.tiers import Tiers
-from djinn_core.sessions.writeback import finish_behind, write_back
+from djinn_core.sessions.writeback import write_back
 
 
 class Room:
@@ -38,6 +38,7 @@ class Room:
         lock: the condition that guards all holdings and blocks; notified on every change.
         holdings: every open session's, by id.
         h2d, d2h: the streams of the two directions.
+        d2h_behind: the stream of what passes write behind themselves, which waits for their layers.
         h2d_first: the stream of what a resume cannot begin without, beside what `h2d` has in flight.
         saving: held by the one session that is being saved; it needs all of its state on the host at once.
         events: what happened, oldest first, bounded.
@@ -57,6 +58,7 @@ class Room:
         self.h2d = device.stream()
         self.h2d_first = device.stream(-1)
         self.d2h = device.stream()
+        self.d2h_behind = device.stream()
         self.events: deque[PagerEvent] = deque(maxlen=EVENTS_KEPT)
         self._acquiring = threading.RLock()  # one caller evicts for itself at a time
         self._taking = threading.Lock()  # extents for one pass are taken together
@@ -163,7 +165,6 @@ class Room:
         """Unmap here, and give back what is mapped nowhere else. Nobody borrows or copies from here meanwhile."""
         if not blocks:
             return 0
-        finish_behind([holding])
         with self.lock:
             self.lock.wait_for(lambda: not holding.draining and not holding.pins)
             before, holding.moving = holding.moving, True
@@ -197,6 +198,8 @@ class Room:
 
         A layer's last arrival says nothing of an earlier job's copies, which may be on another stream.
         """
+        if holding.behind is not None:
+            holding.behind.settle()
         for event in (holding.pass_done, *holding.arrival, *holding.arrivals_of_jobs()):
             try:
                 event.synchronize()

@@ -19,7 +19,7 @@ import torch
 
 from djinn_core.errors import BreakpointError, SessionStateError, UsageError
 from djinn_core.models.boundary import RUNNING, PassStopped
-from djinn_core.sessions.behind import Behind
+from djinn_core.sessions.behind import write_behind
 from djinn_core.sessions.breakpoints import Breakpoint, check_breakpoint, check_layer
 from djinn_core.sessions.checkpoint import Checkpoint, PassInputs, Story
 from djinn_core.sessions.edits import Edit, apply_edits
@@ -254,7 +254,7 @@ class Session:
                 enter=enter,
                 edits=edits,
                 keep=lambda hidden: keep_boundary(pager, boundary, hidden),
-                behind=Behind(pager, holding, new) if stop is not None and new > 1 else None,
+                behind=None if stop is None else write_behind(pager, holding, new),
             )
             out = self._call(control, inputs, holding.start_of(first, new))
         except BaseException:

@@ -2,12 +2,12 @@
 
 Invariant: the host copy of anything is given up only after the disk copy that replaces it is complete with its checksum
 (two phases), or while the device holds the same bytes and nobody is about to take them from there. Room is made in this
-order: host copies that a running session's device memory repeats cost nothing to drop; then what is off the device goes
-to disk: sessions, the one expected last first, and then the checkpoints of those that are on it. Who must have room (a
-resume, an eviction) and still has none takes the host copies of paused sessions that are on the device, the one
-expected soonest first: they are dirty again, and would be written back before they leave. A write-back that nobody
-waits for does not go that far, or two of them could take the room from each other for ever. When no room can be made,
-the caller gets the numbers.
+order: what passes have written behind themselves and nobody counts on yet; host copies that a running session's device
+memory repeats, which cost nothing to drop either; then what is off the device goes to disk: sessions, the one expected
+last first, and then the checkpoints of those that are on it. Who must have room (a resume, an eviction) and still has
+none takes the host copies of paused sessions that are on the device, the one expected soonest first: they are dirty
+again, and would be written back before they leave. A write-back that nobody waits for does not go that far, or two of
+them could take the room from each other for ever. When no room can be made, the caller gets the numbers.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ class Tiers:
                 return self.host.allocate(size_bytes, owner)
             except OutOfHostMemory as error:
                 full = error
+            if self._give_up_behind():
+                continue
             disk_full = self._make_room(size_bytes, optional)
             if disk_full is None:
                 continue
@@ -74,6 +76,13 @@ class Tiers:
                     needed_bytes=size_bytes,
                     free_bytes=full.free_bytes,
                 ) from disk_full
+
+    def _give_up_behind(self) -> bool:
+        """What passes have written behind themselves goes first; False when there is nothing of it."""
+        with self._pager.lock:
+            behinds = [h.behind for h in self._pager.holdings.values() if h.behind is not None]
+        given_up = [behind.give_up() for behind in behinds]
+        return any(given_up)
 
     def fetch(self, stored: Stored, owner: str) -> None:
         """Bring what is only on disk back to the host.
@@ -181,7 +190,8 @@ class Tiers:
         if block.loading or block.copying_bytes or block.readers or block.device is None:
             return False
         stay = (SessionState.RUNNING, SessionState.PAUSED)
-        if not all(h.state in stay and not (h.moving or h.leaving or h.being_brought) for h in block.places):
+        coming = any(not (job.done or job.by_pass) for h in block.places for job in h.jobs)
+        if coming or not all(h.state in stay and not (h.moving or h.leaving) for h in block.places):
             return False
         try:
             return block.ready is None or block.ready.query()

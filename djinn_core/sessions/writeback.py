@@ -59,6 +59,8 @@ def write_back(
         TransferError: a copy failed; what was copied before it counts, and the rest can be tried again.
     """
     begun_s = time.perf_counter()
+    if holding.behind is not None:
+        holding.behind.settle()
     _wait_idle(room, holding)
     todo: list[Copy] = []
     groups: list[Group] = []
@@ -75,7 +77,7 @@ def write_back(
                 finally:
                     done.record(room.d2h)
                 for group in groups:
-                    copied += take_in(room, group)
+                    copied += _take_in(room, group)
                     if part is not None:
                         part([copy.block for copy in group[0]])
             finally:
@@ -94,38 +96,22 @@ def write_back(
     return copied
 
 
-def finish_behind(holdings: Iterable[Holding]) -> None:
-    """Take in what their last passes have written behind themselves, before anyone waits for that."""
-    for behind in [holding.behind for holding in holdings]:
-        if behind is not None:
-            behind.finish()
-
-
 def _wait_idle(room: Room, holding: Holding) -> None:
     """One write-back per session at a time, and none while its memory is being unmapped."""
-    finish_behind([holding])
     with room.lock:
         room.lock.wait_for(lambda: not holding.draining and not holding.moving)
         holding.draining = True
 
 
 def _claim(room: Room, holding: Holding, blocks: Iterable[Block], todo: list[Copy]) -> None:
-    """Claim what is new; waits while a sibling's write-back is at one of the blocks."""
-    wanted = list(blocks)
-    while True:
-        with room.lock:
-            busy = [block for block in wanted if block.copying_bytes]
-            if not busy:
-                for block in wanted:
-                    end = block.end_bytes()
-                    if holding in block.places and block.host_valid_bytes < end:  # it may have left this region
-                        block.copying_bytes = end
-                        todo.append(Copy(block, block.host_valid_bytes, end, block.epoch))
-                return
-            over = [p for block in busy for p in block.places if p.behind is not None and p.behind.over]
-            if not over:
-                room.lock.wait()
-        finish_behind(over)
+    with room.lock:
+        wanted = list(blocks)
+        room.lock.wait_for(lambda: not any(block.copying_bytes for block in wanted))  # a sibling's write-back
+        for block in wanted:
+            end = block.end_bytes()
+            if holding in block.places and block.host_valid_bytes < end:  # it may have left this region meanwhile
+                block.copying_bytes = end
+                todo.append(Copy(block, block.host_valid_bytes, end, block.epoch))
 
 
 def _wait_for_bytes(room: Room, todo: list[Copy]) -> None:
@@ -154,31 +140,29 @@ def _issue(
         copies.append(copy)
         size_bytes += end - begin
         if size_bytes >= GROUP_BYTES:
-            if not groups:
-                begun.record(room.d2h)
-            groups.append(issue_group(room, memory, copies))
+            _issue_group(room, memory, groups, copies, begun)
             copies, size_bytes = [], 0
     if copies:
-        if not groups:
-            begun.record(room.d2h)
-        groups.append(issue_group(room, memory, copies))
+        _issue_group(room, memory, groups, copies, begun)
     return full
 
 
-def issue_group(room: Room, memory: torch.Tensor, copies: list[Copy]) -> Group:
-    """All copies of a group in one call, out of a region's `memory`, and the event behind them."""
+def _issue_group(room: Room, memory: torch.Tensor, groups: list[Group], copies: list[Copy], begun: Event) -> None:
+    """All copies of a group in one call, and the event behind them; `begun` before the first group."""
     pairs = [
         (block.host.tensor[begin:end], memory[block.offset + begin : block.offset + end])
         for block, begin, end, _ in copies
     ]
+    if not groups:
+        begun.record(room.d2h)
     room.device.copy_all(pairs, room.d2h, Direction.D2H)
     event = room.device.event()
     event.record(room.d2h)
-    return copies, event
+    groups.append((copies, event))
 
 
-def take_in(room: Room, group: Group) -> int:
-    """Wait for one group, and count it; returns its bytes. Its blocks stay claimed."""
+def _take_in(room: Room, group: Group) -> int:
+    """Wait for one group, and count it; returns its bytes. Its blocks stay claimed to the end of the write-back."""
     copies, event = group
     event.synchronize()
     copied = 0
