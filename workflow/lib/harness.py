@@ -38,7 +38,6 @@ from workflow.lib.results import Result
 
 log = logging.getLogger("djinn.experiment")
 Measure = Callable[[str, dict[str, Any]], dict[str, float | None]]
-SWITCH_INTERVAL_S = 0.0005
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -248,14 +247,14 @@ def equal_conditions(config: dict[str, Any]) -> None:
 
     Snakemake exports OMP_NUM_THREADS=1 into its jobs, so threads are set here, for this process and its children.
     cuDNN's attention does not repeat itself in fp16, so it is off. With Python's own switch interval, 5 ms, a thread
-    that launches kernels holds up one that issues copies for as long as several layers take.
+    that launches kernels holds up one that issues copies for as long as several layers take; how short it had better be
+    depends on whether one resume has to be quick or many callers get on, so each experiment sets it.
     """
     threads = config["machine"]["threads"] or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.backends.cuda.enable_cudnn_sdp(False)
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
-    config["switch_interval_s"] = sys.getswitchinterval()
+    sys.setswitchinterval(config["switch_interval_s"])
     config["threads"] = torch.get_num_threads()
     config["attention"] = {
         "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),
