@@ -23,6 +23,7 @@ from djinn_core.memory.hostmapping import HostMapping
 
 SLAB_BYTES = 512 << 20
 SLABS_A_BUDGET = 16  # a small budget is cut into this many slabs, so that one does not take it all
+_NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 class HostBlock:
@@ -228,7 +229,7 @@ class HostTier:
             if home is None:
                 raise UsageError(f"host block of {block.owner!r} ({block.size_bytes:,} bytes) was freed before")
             block._home = None
-            block.tensor = torch.empty(0, dtype=torch.uint8)
+            block.tensor = _NOTHING
             if isinstance(home, _Slab):
                 home.spans.give(block.address - home.address, block.size_bytes)
                 self._held_bytes -= home.spans.rounded(block.size_bytes)

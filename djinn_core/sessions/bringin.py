@@ -376,7 +376,7 @@ class BringIn:
             pager.displace(holding, here)
         for step in self._flat():
             wanted = step.source or step.block
-            if step.lender is None and wanted.device is None:
+            if step.lender is None and wanted.device is None and wanted.disk is not None:
                 pager.tiers.fetch(wanted, holding.id)
         return True
 

@@ -31,6 +31,7 @@ class Holding:
         pass_done: recorded on the compute stream when a pass has been issued.
         arrival: for each layer, recorded behind what was last brought in for it.
         jobs: bring-ins under way, or whose copies a pass may still have to wait for.
+        orphans: blocks that its table no longer refers to; those without another holder are about to be given up.
         deferred: a bring-in that begins when the pass under way has been issued.
         queued, draining: a write-back is wanted, or under way.
         behind: what the last pass has written to the host while it ran, until that is taken in.
@@ -58,6 +59,7 @@ class Holding:
         self.pass_done = device.event()
         self.arrival = [device.event() for _ in range(layout.layers)]
         self.jobs: list[BringIn] = []
+        self.orphans: list[Block] = []
         self.deferred: BringIn | None = None
         self.queued = self.unstarted = self.draining = self.needed = self.moving = self.release = self.changing = False
         self.in_pass = False

@@ -42,6 +42,7 @@ class Lineages(Room):
             raise
         for checkpoint in list(holding.checkpoints):
             self.drop_checkpoint(holding, checkpoint)
+        self.tiers.discard_orphans(holding)
         with self.lock:
             gone = holding.table.assign([0] * holding.layout.layers, [[] for _ in range(holding.layout.layers)])
             for block in gone:
@@ -74,6 +75,8 @@ class Lineages(Room):
         """The lineage becomes the checkpoint's. Blocks that only others still want are written back and unmapped."""
         with holding.changed(self.lock):
             self._adopt(holding, checkpoint)
+        if checkpoint.boundary is None:  # else the pass that goes on from there is waiting to be issued
+            self.tiers.discard_orphans(holding)
 
     def _adopt(self, holding: Holding, checkpoint: Checkpoint) -> None:
         with self.lock:
@@ -87,10 +90,7 @@ class Lineages(Room):
         if leaving:
             self.displace(holding, leaving)
         with self.lock:
-            gone = holding.table.assign(checkpoint.table.lengths, checkpoint.table.blocks)
-            for block in gone:
-                if not block.holders:
-                    self.tiers.discard(block)
+            holding.orphans += holding.table.assign(checkpoint.table.lengths, checkpoint.table.blocks)
             self.lock.notify_all()
 
     def displace(self, holding: Holding, blocks: list[Block]) -> None:

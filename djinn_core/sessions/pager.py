@@ -298,6 +298,8 @@ class Pager(Lineages):
         job, holding.deferred = holding.deferred, None
         if job is not None:
             self.link.put(job)
+        if holding.orphans:
+            self.tiers.discard_orphans(holding)
 
     def _forget(self, holding: Holding) -> None:
         """End earlier bring-ins, before another attempt: what is complete is forgotten, what failed is taken back."""

@@ -65,7 +65,7 @@ class Tiers:
                 return self.host.allocate(size_bytes, owner)
             except OutOfHostMemory as error:
                 full = error
-            if self._give_up_behind():
+            if self._give_up_spare():
                 continue
             disk_full = self._make_room(size_bytes, optional)
             if disk_full is None:
@@ -77,11 +77,12 @@ class Tiers:
                     free_bytes=full.free_bytes,
                 ) from disk_full
 
-    def _give_up_behind(self) -> bool:
-        """What passes have written behind themselves goes first; False when there is nothing of it."""
+    def _give_up_spare(self) -> bool:
+        """What nobody counts on goes first; False when there is nothing of it."""
         with self._pager.lock:
-            behinds = [h.behind for h in self._pager.holdings.values() if h.behind is not None]
-        given_up = [behind.give_up() for behind in behinds]
+            holdings = list(self._pager.holdings.values())
+        given_up = [self.discard_orphans(holding) for holding in holdings]
+        given_up += [behind.give_up() for holding in holdings if (behind := holding.behind) is not None]
         return any(given_up)
 
     def fetch(self, stored: Stored, owner: str) -> None:
@@ -119,6 +120,16 @@ class Tiers:
                 old.free()
             self._drop_disk(stored)
         self._pager.log_id(owner, "disk_read", stored.host_valid_bytes, time.perf_counter() - begun_s)
+
+    def discard_orphans(self, holding: Holding) -> bool:
+        """Give up the blocks that going back has left without a holder; False when there were none."""
+        with self._pager.lock:
+            orphans, holding.orphans = [block for block in holding.orphans if not block.holders], []
+            for block in orphans:
+                self.discard(block)
+            if orphans:
+                self._pager.lock.notify_all()
+        return bool(orphans)
 
     def discard(self, stored: Stored) -> None:
         """Nobody refers to it any more. Its device memory, if any, is the pager's to take. The lock is held."""
