@@ -42,7 +42,7 @@ def load_boundary(pager: Pager, holding: Holding, boundary: Boundary, trace: Tra
     """Issue the boundary's copy to the device before anything else; the tensor itself when it is still there."""
     there = boundary.device
     if there is not None:
-        trace.ready.record(pager.device.current_stream())
+        trace.there(pager.device, pager.device.current_stream())
         return there
     slot = pager.staging.take()
     with boundary.lock:

@@ -350,8 +350,8 @@ class Session:
     def _resume_between(self, place: Checkpoint | None, begun_s: float, edits: object, stop_after: int | None) -> None:
         check_between(self.id, edits, stop_after)
         pager, holding = self._pager, self._holding
-        trace = Trace(pager.device, begun_s)
-        trace.ready.record(pager.staging.urgent)
+        trace = Trace(begun_s)
+        trace.there(pager.device, pager.staging.urgent)
         if place is not None:
             pager.adopt(holding, place)
             self._stand_at(place)
@@ -367,7 +367,7 @@ class Session:
         edits: Sequence[Edit] | Mapping[int, Sequence[Edit]],
         stop_after: int | None,
     ) -> torch.Tensor | Checkpoint:
-        pager, holding, trace = self._pager, self._holding, Trace(self._pager.device, begun_s)
+        pager, holding, trace = self._pager, self._holding, Trace(begun_s)
         slot = load_boundary(pager, holding, place.boundary, trace)
         entered = False
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from djinn_core.device.base import Device, Event
+from djinn_core.device.base import Device, Event, Stream
 
 if TYPE_CHECKING:
     from djinn_core.sessions.bringin import BringIn
@@ -17,20 +17,26 @@ class Trace:
 
     Attributes:
         begun_s: when `resume` was called, on the clock of `time.perf_counter`.
-        ready: timing event behind the boundary's copy.
+        ready: timing event behind the boundary's copy; set by whoever issues it, or by `there`.
         job: the bring-in of the KV, None when all of it was there.
         found_resident: all of the KV was on the device when `resume` was called, and no copy of it was under way.
         marks: (what had been done, when) on the calling thread, in order.
     """
 
-    def __init__(self, device: Device, begun_s: float) -> None:
+    ready: Event
+
+    def __init__(self, begun_s: float) -> None:
         self.begun_s = begun_s
-        self.ready = device.event(timing=True)
         self.job: BringIn | None = None
         self.found_resident = False
         self._first_layer: int | None = None
         self._jobs: tuple[BringIn, ...] = ()
         self.marks: list[tuple[str, float]] = []
+
+    def there(self, device: Device, stream: Stream) -> None:
+        """No boundary had to be copied; what `stream` has is all that there is to wait for."""
+        self.ready = device.event(timing=True)
+        self.ready.record(stream)
 
     def mark(self, what: str) -> None:
         self.marks.append((what, time.perf_counter()))
