@@ -48,4 +48,6 @@ def _host_bytes(holdings: list[Holding]) -> int:
     """Host memory that sessions hold now; it counts as theirs."""
     blocks = {b for h in holdings for b in h.table if b.host is not None}
     blocks |= {b for h in holdings for c in h.checkpoints for b in c.table if b.host is not None}
-    return sum(block.size_bytes for block in blocks)
+    blocks |= {b for h in holdings for b in h.orphans if b.host is not None}
+    behind = sum(behind.host_bytes for h in holdings if (behind := h.behind) is not None)
+    return sum(block.size_bytes for block in blocks) + behind

@@ -101,6 +101,11 @@ class Behind:
             self._counts, self._over = done, True
 
     @property
+    def host_bytes(self) -> int:
+        """Host memory that no block knows of yet. The room's lock is held."""
+        return sum(copy.block.size_bytes for copy in self._copies)
+
+    @property
     def idle(self) -> bool:
         """The pass has ended, and so have the copies."""
         try:
@@ -110,8 +115,11 @@ class Behind:
 
     def settle(self) -> None:
         """Return when no copy reads the device any more; after the pass what has come counts, once."""
-        lost = self._wait()
-        if self._over:
+        over = None
+        while over is not self._over:  # it may end meanwhile, with more copies
+            over = self._over
+            lost = self._wait()
+        if over:
             self._let_go(lost)
 
     def give_up(self) -> bool:
@@ -138,10 +146,8 @@ class Behind:
         """Give each copy to its block, or its host memory back."""
         counted = 0
         with self._issuing, self._room.lock:
-            copies, self._copies = self._copies, []
-            if self._over and self._holding.behind is self:
-                self._holding.behind = None
-            for copy in copies:
+            while self._copies:  # one by one: who is interrupted leaves the rest to the next
+                copy = self._copies[-1]
                 block = copy.block
                 block.behind_bytes = 0
                 right = self._counts and copy not in lost and block.epoch == copy.epoch
@@ -149,8 +155,11 @@ class Behind:
                     if right and block.holders and not (block.host or block.disk or block.copying_bytes):
                         block.host, block.host_valid_bytes = copy.host, copy.end
                         counted += copy.end
-                        continue
-                copy.host.free()
+                self._copies.pop()
+                if block.host is not copy.host:
+                    copy.host.free()
+            if self._over and self._holding.behind is self:
+                self._holding.behind = None
             self._room.lock.notify_all()
         if counted:
             self._room.log(self._holding, "written behind", counted)

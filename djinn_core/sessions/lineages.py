@@ -55,6 +55,8 @@ class Lineages(Room):
 
     def _take_all(self, holding: Holding) -> None:
         """Unmap all that a closing session has mapped, after saving what others still want of it."""
+        if (behind := holding.behind) is not None:
+            behind.end(done=False)
         self._settle_device(holding)
         try:
             holding.done_reading()

@@ -168,6 +168,8 @@ class Pager(Lineages):
         if not holding.in_pass:
             self.raise_failed(holding)
             raise refusal(holding.id, state, "run")
+        if (behind := holding.behind) is not None:
+            behind.end(done=False)  # of an earlier pass: nothing, unless that one was interrupted at its end
 
     def _leave_pass(self, holding: Holding, layers: range = range(0), new: int = 0) -> None:
         """Nothing more is queued for the pass: `layers` hold `new` tokens more, and its memory is its own no longer.
@@ -195,8 +197,8 @@ class Pager(Lineages):
                 if failed and holding.state is SessionState.RESUMING:
                     holding.go(SessionState.PAUSED, "fall back")
                     self.lock.notify_all()
-            if holding.behind is not None:
-                holding.behind.end(done=recorded and new > 0)
+            if (behind := holding.behind) is not None:
+                behind.end(done=recorded and new > 0)
             self._begin_deferred(holding)
 
     def abandon(self, holding: Holding) -> None:

@@ -87,14 +87,16 @@ class Room:
         """Take a paused session off the device, after writing back what is new. False when it is paused no more.
 
         Layers are unmapped while later ones are still being copied. With `released`, only while its owner wants so.
-        Without `wait`, not while it is being brought in: who makes room may be the one whom that bring-in waits for.
+        Without `wait`, not while it is being brought in, or lends to another: who makes room may be the one whom that
+        waits for.
         """
         begun_s, parted = time.perf_counter(), []
         try:
             with self.leaving(holding):
                 while True:
                     with self.lock:
-                        self.lock.wait_for(lambda: not holding.moving)
+                        # who borrows from it lets go by himself
+                        self.lock.wait_for(lambda: not (holding.moving or (wait and holding.pins)))
                         if (
                             holding.state is not SessionState.PAUSED
                             or holding.pins
@@ -139,6 +141,8 @@ class Room:
             clean = [b for b in blocks if holding.mapped.get(b.offset) is b and not holding.dirty(b)]
             holding.moving = True
         try:
+            if (behind := holding.behind) is not None:  # of a pass since the write-back began
+                behind.settle()
             return self._take_out(holding, clean)
         finally:
             with self.lock:
@@ -198,8 +202,8 @@ class Room:
 
         A layer's last arrival says nothing of an earlier job's copies, which may be on another stream.
         """
-        if holding.behind is not None:
-            holding.behind.settle()
+        if (behind := holding.behind) is not None:
+            behind.settle()
         for event in (holding.pass_done, *holding.arrival, *holding.arrivals_of_jobs()):
             try:
                 event.synchronize()

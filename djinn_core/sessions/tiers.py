@@ -124,12 +124,16 @@ class Tiers:
     def discard_orphans(self, holding: Holding) -> bool:
         """Give up the blocks that going back has left without a holder; False when there were none."""
         with self._pager.lock:
-            orphans, holding.orphans = [block for block in holding.orphans if not block.holders], []
-            for block in orphans:
-                self.discard(block)
-            if orphans:
+            some = False
+            while holding.orphans:
+                block = holding.orphans[-1]
+                if not block.holders:
+                    self.discard(block)
+                    some = True
+                holding.orphans.pop()
+            if some:
                 self._pager.lock.notify_all()
-        return bool(orphans)
+        return some
 
     def discard(self, stored: Stored) -> None:
         """Nobody refers to it any more. Its device memory, if any, is the pager's to take. The lock is held."""

@@ -59,8 +59,8 @@ def write_back(
         TransferError: a copy failed; what was copied before it counts, and the rest can be tried again.
     """
     begun_s = time.perf_counter()
-    if holding.behind is not None:
-        holding.behind.settle()
+    if (behind := holding.behind) is not None:
+        behind.settle()
     _wait_idle(room, holding)
     todo: list[Copy] = []
     groups: list[Group] = []

@@ -84,3 +84,20 @@ def test_a_pause_never_pins(make_rig: MakeRig) -> None:
     for session in sessions:
         session.wait_until("clean", 10)
     assert set(pinning) == {"djinn-pin-ahead"}
+
+
+def test_a_session_that_lends_to_another_leaves_when_that_has_what_it_needs(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    session = rig.open()
+    session.forward(prompt())
+    pager, holding = rig.sessions.pager, session._holding
+    with pager.lock:
+        holding.pins += 1  # a bring-in of a branch maps what this session has
+    session.pause(release=True)
+    assert not pager.evict(holding, wait=False), "who makes room may be the one whom the branch waits for"
+    time.sleep(0.05)
+    assert session.state is SessionState.PAUSED
+    with pager.lock:
+        holding.pins -= 1
+        pager.lock.notify_all()
+    session.wait_until("released", 10)
