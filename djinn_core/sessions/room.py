@@ -141,8 +141,6 @@ class Room:
             clean = [b for b in blocks if holding.mapped.get(b.offset) is b and not holding.dirty(b)]
             holding.moving = True
         try:
-            if (behind := holding.behind) is not None:  # of a pass since the write-back began
-                behind.settle()
             return self._take_out(holding, clean)
         finally:
             with self.lock:
@@ -181,7 +179,9 @@ class Room:
                 self.lock.notify_all()
 
     def _take_out(self, holding: Holding, blocks: Sequence[Block]) -> int:
-        """The unmaps themselves; nothing queued touches these blocks, and `moving` keeps others away."""
+        """The unmaps themselves. Only copies behind a pass may still read these blocks; `moving` keeps others away."""
+        if (behind := holding.behind) is not None:
+            behind.settle()
         holding.region.unmap([block.offset for block in blocks])
         free: list[Extent] = []
         with self.lock:
@@ -202,8 +202,6 @@ class Room:
 
         A layer's last arrival says nothing of an earlier job's copies, which may be on another stream.
         """
-        if (behind := holding.behind) is not None:
-            behind.settle()
         for event in (holding.pass_done, *holding.arrival, *holding.arrivals_of_jobs()):
             try:
                 event.synchronize()

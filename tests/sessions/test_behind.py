@@ -267,19 +267,24 @@ def leave_and_return_between(session: Session, oracle: Oracle, logits: torch.Ten
 # who else is there
 
 
-@pytest.mark.parametrize("release", [False, True])
-def test_a_write_back_that_finds_another_pass_begun_is_not_held_up(rig: Rig, monkeypatch, release: bool) -> None:
-    """The writer has seen the session paused; before it goes on, its owner is in the next prefill."""
-    where = room_module if release else pager_module
-    at, go, plain = threading.Event(), threading.Event(), where.write_back
+def held_writer(monkeypatch, module, name: str) -> tuple[threading.Event, threading.Event]:
+    """The writer's first call of a function stops before it begins: (it is there, it may go on)."""
+    at, go, plain = threading.Event(), threading.Event(), getattr(module, name)
 
-    def later(room, holding, *args, **options):
+    def later(*args, **options):
         if threading.current_thread().name == "djinn-writer" and not at.is_set():
             at.set()
             assert go.wait(10)
-        return plain(room, holding, *args, **options)
+        return plain(*args, **options)
 
-    monkeypatch.setattr(where, "write_back", later)
+    monkeypatch.setattr(module, name, later)
+    return at, go
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_a_write_back_that_finds_another_pass_begun_is_not_held_up(rig: Rig, monkeypatch, release: bool) -> None:
+    """The writer has seen the session paused; before it goes on, its owner is in the next prefill."""
+    at, go = held_writer(monkeypatch, room_module if release else pager_module, "write_back")
     session, oracle = rig.open(), Oracle(rig.stock)
     oracle.forward(prompt())
     session.forward(prompt())

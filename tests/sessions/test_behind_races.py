@@ -1,4 +1,4 @@
-"""Writing behind, and orphans: what two at once, or Ctrl-C at an awkward moment, could lose. Each made certain."""
+"""Writing behind: what two at once, or Ctrl-C at an awkward moment, could lose. Each made certain."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from djinn_core.errors import DeviceError
 from djinn_core.sessions import Session, SessionState, snapshot, writeback
 from tests.sessions.oracle import Oracle, prompt
 from tests.sessions.rigs import LAYERS, MakeRig, Rig
-from tests.sessions.test_behind import LINK_GBPS, TOKENS, UNIT, interrupted, stopped, take_in
+from tests.sessions.test_behind import LINK_GBPS, TOKENS, UNIT, held_writer, interrupted, stopped, take_in
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -101,15 +100,7 @@ def test_a_branch_that_is_saved_during_the_pass_has_all_its_bytes(rig: Rig, tmp_
 
 def test_a_write_back_from_before_the_pass_unmaps_nothing_under_its_copies(rig: Rig, monkeypatch) -> None:
     """The writer has found nothing to settle; before it claims, the owner runs a prefill that stops, and pauses."""
-    plain, at, go = writeback._wait_idle, threading.Event(), threading.Event()
-
-    def later(room, holding) -> None:
-        if threading.current_thread().name == "djinn-writer" and not at.is_set():
-            at.set()
-            assert go.wait(10)
-        plain(room, holding)
-
-    monkeypatch.setattr(writeback, "_wait_idle", later)
+    at, go = held_writer(monkeypatch, writeback, "_wait_idle")
     session, oracle = rig.open(), Oracle(rig.stock)
     oracle.forward(prompt())
     session.forward(prompt())
@@ -179,29 +170,6 @@ def test_ctrl_c_while_the_copies_are_given_to_their_blocks(rig: Rig) -> None:
     assert rig.host.held_bytes == 0
 
 
-def test_ctrl_c_while_orphans_are_given_up(rig: Rig, monkeypatch) -> None:
-    session = rig.open()
-    session.forward(prompt(), stop_after=1)
-    logits = session.resume()
-    session.pause(release=True)
-    session.wait_until("released", 10)
-    (point,) = session.checkpoints
-    discard, calls = rig.sessions.pager.tiers.discard, []
-
-    def fail(stored) -> None:
-        calls.append(stored)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        discard(stored)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(rig.sessions.pager.tiers, "discard", fail)
-        session.resume(point)
-    assert torch.equal(session.resume(point), logits)
-    session.close()
-    assert rig.host.held_bytes == 0
-
-
 @pytest.mark.parametrize("settled", [True, False])
 def test_admission_counts_what_is_written_behind_as_the_sessions_own(make_rig: MakeRig, settled: bool) -> None:
     rig = make_rig(device_bytes=(LAYERS + 3) * UNIT, host_bytes=(LAYERS + 1) * UNIT)
@@ -209,24 +177,5 @@ def test_admission_counts_what_is_written_behind_as_the_sessions_own(make_rig: M
     session, _ = stopped(rig)
     if settled:
         take_in(session)
-    rig.open()
-    rig.close()
-
-
-def test_admission_counts_orphans_as_the_sessions_own(make_rig: MakeRig, monkeypatch) -> None:
-    rig = make_rig(device_bytes=(LAYERS + 3) * UNIT, host_bytes=(LAYERS + 1) * UNIT)
-    session = rig.open()
-    session.forward(prompt(), stop_after=1)
-    session.resume()
-    session.pause(release=True)
-    session.wait_until("released", 10)
-
-    def fail(*_: object) -> None:
-        raise DeviceError("no extents today")
-
-    with monkeypatch.context() as patch, pytest.raises(DeviceError):
-        patch.setattr(rig.sessions.pager, "acquire", fail)
-        session.resume(session.checkpoints[0])
-    assert session._holding.orphans
     rig.open()
     rig.close()

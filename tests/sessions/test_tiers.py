@@ -10,10 +10,10 @@ import time
 import pytest
 import torch
 
-from djinn_core.errors import DeviceError, DjinnError, IntegrityError, OutOfDeviceMemory
+from djinn_core.errors import DjinnError, IntegrityError, OutOfDeviceMemory
 from djinn_core.sessions import Candidate, ExpectedLast, Session, SessionState
 from tests.sessions.oracle import Oracle, prompt
-from tests.sessions.rigs import LAYERS, MakeRig, Rig
+from tests.sessions.rigs import MakeRig, Rig
 
 KIB = 1 << 10
 SESSION_BYTES = 4 * 64 * KIB
@@ -319,95 +319,3 @@ def test_a_policy_that_raises_is_an_error_of_whoever_needs_room(make_rig: MakeRi
             wanted = oracle.greedy(logits, 1)[0]
             assert torch.equal(session.forward(logits.float().argmax(-1)[:, None]), wanted)
         session.pause()
-
-
-def gone_on_and_away(rig: Rig) -> tuple[Session, torch.Tensor]:
-    """A session that stopped after layer 1, went on, and left the device: the host has all four layers."""
-    session = rig.open()
-    session.forward(prompt(), stop_after=1)
-    logits = session.resume()
-    session.pause(release=True)
-    session.wait_until("released", 10)
-    return session, logits
-
-
-def test_what_going_back_leaves_behind_is_given_up_when_the_pass_has_been_issued(rig: Rig) -> None:
-    session, logits = gone_on_and_away(rig)
-    (point,) = session.checkpoints
-    unit, held, seen = SESSION_BYTES // LAYERS, rig.host.held_bytes, []
-    hook = rig.served.model.layers[1].register_forward_pre_hook(lambda *_: seen.append(rig.host.held_bytes))
-    assert torch.equal(session.resume(point), logits)
-    hook.remove()
-    assert seen == [held] and rig.host.held_bytes == held - 3 * unit
-    session.pause(release=True)
-    session.wait_until("released", 10)
-    start = session.checkpoint()
-    session.resume(start)
-    session.forward(logits.float().argmax(-1)[:, None])
-    session.resume(point)
-    assert not session._holding.orphans
-
-
-def test_between_tokens_it_is_given_up_at_once(rig: Rig) -> None:
-    session = rig.open()
-    start = session.checkpoint()
-    session.forward(prompt())
-    session.pause(release=True)
-    session.wait_until("released", 10)
-    session.resume(start)
-    assert rig.host.held_bytes == 0 and not session._holding.orphans
-
-
-def test_a_full_host_takes_it_before_anything_else(make_rig: MakeRig) -> None:
-    unit = SESSION_BYTES // LAYERS
-    rig = make_rig(host_bytes=5 * unit)  # four layers and one boundary
-    session, logits = gone_on_and_away(rig)
-    (point,) = session.checkpoints
-    assert rig.host.free_bytes == 0
-    stop = session.resume(point, stop_after=2)
-    assert stop.layer == 2
-    assert torch.equal(session.resume(), logits)
-    rig.close()
-
-
-def test_a_resume_that_fails_before_its_pass_leaves_it_to_the_next(rig: Rig, monkeypatch) -> None:
-    session, logits = gone_on_and_away(rig)
-    (point,) = session.checkpoints
-
-    def fail(*_: object) -> None:
-        raise DeviceError("no extents today")
-
-    with monkeypatch.context() as patch, pytest.raises(DeviceError):
-        patch.setattr(rig.sessions.pager, "acquire", fail)
-        session.resume(point)
-    assert len(session._holding.orphans) == 3
-    assert torch.equal(session.resume(point), logits)
-    assert not session._holding.orphans
-
-
-def test_a_session_that_could_not_go_back_closes_with_nothing_left(rig: Rig, monkeypatch) -> None:
-    session, _ = gone_on_and_away(rig)
-
-    def fail(*_: object) -> None:
-        raise DeviceError("no extents today")
-
-    with monkeypatch.context() as patch, pytest.raises(DeviceError):
-        patch.setattr(rig.sessions.pager, "acquire", fail)
-        session.resume(session.checkpoints[0])
-    assert session._holding.orphans
-    session.close()
-    assert rig.host.held_bytes == 0
-
-
-def test_what_a_later_checkpoint_refers_to_is_not_given_up(rig: Rig) -> None:
-    session, logits = gone_on_and_away(rig)
-    (point,) = session.checkpoints
-    later = session.checkpoint()
-    session.resume(point)
-    assert not session._holding.orphans
-    session.pause(release=True)
-    session.wait_until("released", 10)
-    session.resume(later)
-    oracle = Oracle(rig.stock)
-    (wanted,) = oracle.greedy(oracle.forward(prompt()), 1)
-    assert torch.equal(session.forward(logits.float().argmax(-1)[:, None]), wanted)

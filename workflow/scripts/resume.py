@@ -210,7 +210,8 @@ def measure_drain(
 
     `run_ms` has the way there, with eager's beside it: what a method does beforehand shows there.
     """
-    own, eager = methods[0], [method for method in methods[1:] if method.name == "eager" and methods[0].name == "djinn"]
+    own = methods[0]
+    eager = [method for method in methods if method.name == "eager"] if own.name == "djinn" else []
     for state in own.states:
         for repeat in range(1 + exp.config["drain_repeats"]):
             for method in eager:
