@@ -5,11 +5,15 @@ events and kernels and these calls see one device. Not taken: compiled code of o
 whose memory cannot leave its address.
 
 A call costs a few microseconds of Python: property structures are built once, bound functions are kept.
+
+Streams are made here, not taken from torch, which gives out 32 a priority in turn: what a caller's own streams do would
+then queue in ours. A closed device leaves them to the next, since a tensor may still name one.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +25,7 @@ from djinn_core.errors import DeviceError, OutOfDeviceMemory, PinningRefused, Tr
 
 _OUT_OF_MEMORY = driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
 _PORTABLE = driver.CU_MEMHOSTREGISTER_PORTABLE
+_idle_streams: dict[tuple[int, int], list[int]] = defaultdict(list)  # of closed devices, by index and priority
 BATCHES_FROM = 12_080  # the CUDA version of the driver that has cuMemcpyBatchAsync; older ones get a call per copy
 
 
@@ -102,6 +107,7 @@ class CudaDevice(Device):
         self._reserved: dict[int, int] = {}
         self._mapped: set[int] = set()
         self._scratch: int | None = None
+        self._streams: list[tuple[int, int]] = []  # priority and handle
         self._closed = False
 
     @property
@@ -182,7 +188,15 @@ class CudaDevice(Device):
                     self.unmap(address, self.granularity_bytes)
 
     def stream(self, priority: int = 0) -> Stream:
-        return torch.cuda.Stream(self.torch_device, priority=priority)
+        self._enter()
+        try:
+            handle = _idle_streams[self._index, priority].pop()
+        except IndexError:
+            flags = int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+            created = driver.cuStreamCreateWithPriority(flags, priority)
+            handle = int(checked("cuStreamCreateWithPriority", created))
+        self._streams.append((priority, handle))
+        return torch.cuda.ExternalStream(handle, device=self.torch_device)
 
     def current_stream(self) -> Stream:
         return torch.cuda.current_stream(self._index)
@@ -271,6 +285,9 @@ class CudaDevice(Device):
         if self._scratch is not None:
             self.destroy(self._scratch)
             self._scratch = None
+        for priority, handle in self._streams:
+            _idle_streams[self._index, priority].append(handle)
+        self._streams.clear()
         self._closed = True
         checked("cuDevicePrimaryCtxRelease", driver.cuDevicePrimaryCtxRelease(self._number))
 

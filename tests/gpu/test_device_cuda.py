@@ -111,6 +111,19 @@ def test_copies_from_the_host_tier_do_not_block_the_caller(gpu):
     pool.close()
 
 
+def test_every_stream_is_its_own_and_a_closed_device_leaves_them_to_the_next():
+    device = open_device("cuda:0")
+    streams = [device.stream() for _ in range(40)]
+    others = [torch.cuda.Stream() for _ in range(40)]
+    handles = {stream.cuda_stream for stream in streams}
+    assert len(handles) == 40
+    assert not handles & {stream.cuda_stream for stream in others}
+    device.close()
+    again = open_device("cuda:0")
+    assert {again.stream().cuda_stream for _ in range(40)} == handles
+    again.close()
+
+
 def test_a_thread_that_nobody_bound_can_use_the_device(gpu):
     failures = []
 

@@ -28,7 +28,7 @@ class StockTenant(Tenant):
         self.method = method
         self.loop: LayerLoop = method.loop
         self.arena = arena
-        self.timer = Timer(bench.device)
+        self.timer = Timer(bench)
         self.handle: EagerHandle | OffloadHandle | None = None
 
     def spawn(self, prompt: torch.Tensor) -> None:

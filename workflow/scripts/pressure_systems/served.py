@@ -21,7 +21,7 @@ class ServedTenant(Tenant):
         super().__init__(number)
         self.workload = workload
         self.bench = bench
-        self.timer = Timer(bench.device)
+        self.timer = Timer(bench)
         self.session: djinn.Session | None = None
         self.expected_resume_s: float | None = None
         self.found_resident = True

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from workflow.scripts.resume_methods.base import Bench
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -127,15 +129,14 @@ def run_turns(tenants: list[Tenant], order: list[int], callers: int, done: Calla
 
 
 class Timer:
-    """Milliseconds from the call of `start` to device events, on a stream that never has other work."""
+    """Milliseconds from the call of `start` to device events."""
 
-    def __init__(self, device: Any) -> None:
-        self.device = device
-        self.stream = device.stream()
-        self.began = device.event(timing=True)
+    def __init__(self, bench: Bench) -> None:
+        self.stream = bench.timing
+        self.began = bench.device.event(timing=True)
 
     def start(self) -> None:
-        """Begin; the stream is idle, so the event is done at once."""
+        """Begin; the stream has no work, so the event is done at once."""
         self.began.record(self.stream)
         self.begin_s = time.perf_counter()
 

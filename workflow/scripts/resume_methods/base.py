@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
-from djinn_core.device.base import Device, Event
+from djinn_core.device.base import Device, Event, Stream
 
 
 @dataclass
@@ -114,12 +114,20 @@ def pairs_of(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 @dataclass
 class Bench:
-    """What the methods share: one device, one stock model, and the model that Djinn serves on the same weights."""
+    """What the methods share: one device, one stock model, and the model that Djinn serves on the same weights.
+
+    Attributes:
+        timing: a stream without work, on which a time begins at once.
+    """
 
     device: Device
     stock: PreTrainedModel
     served: PreTrainedModel
     max_length: int
+    timing: Stream = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.timing = self.device.stream()
 
     @property
     def depth(self) -> int:
