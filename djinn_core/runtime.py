@@ -1,10 +1,10 @@
 """The runtime: one device, its budget, and the models and sessions that share it.
 
-`budget_bytes` caps all device memory of the process. It is split once, when the runtime opens:
+`budget_bytes` caps all device memory of the process. It is split when the runtime opens:
 
     context       measured: what the driver and its kernels take, plus a margin for kernels loaded later
     activations   reserved for torch's allocator and enforced on it
-    extents       the rest: resident weights, rings, KV, staging
+    extents       the rest: resident weights, rings, KV, staging; `resize` changes this part alone
 
 Not taken: one common pool for activations and extents. torch's allocator cannot be asked to give memory back in the
 middle of a pass, so a fixed border is the only one that holds.
@@ -107,6 +107,7 @@ class Runtime:
         self._policy = policy
         self._sessions: Sessions | None = None
         self._opening = threading.Lock()
+        self._resizing = threading.Lock()
         self._closed = False
         with ExitStack() as held:
             if device == "cpu":
@@ -140,7 +141,7 @@ class Runtime:
                 "memory that it emulates"
             )
         self.budget_bytes, self.activation_bytes, self.context_bytes = budget_bytes, activation_bytes or 0, 0
-        self._extent_bytes = self._extents()
+        self._extent_bytes = self._extents(budget_bytes)
         self.device = open_device("cpu", capacity_bytes=self._extent_bytes)
 
     def _open_gpu(self, name: str, budget_bytes: int | None, activation_bytes: int | None, held: ExitStack) -> None:
@@ -154,24 +155,25 @@ class Runtime:
             activation_bytes = min(max(budget_bytes // ACTIVATION_SHARE, ACTIVATION_LEAST_BYTES), ACTIVATION_MOST_BYTES)
         self.activation_bytes = activation_bytes
         try:
-            self._extent_bytes = self._extents()
+            self._extent_bytes = self._extents(budget_bytes)
         except OutOfDeviceMemory:
             self.device.close()
             raise
         context.cap_activations(self.device, activation_bytes)
         held.callback(context.uncap_activations, self.device)
 
-    def _extents(self) -> int:
+    def _extents(self, budget_bytes: int) -> int:
+        """What `budget_bytes` leaves beside the context and the activations."""
         fixed = self.context_bytes + self.activation_bytes
-        if fixed >= self.budget_bytes:
+        if fixed >= budget_bytes:
             raise OutOfDeviceMemory(
                 f"budget_bytes leaves nothing for weights and sessions: the driver's context takes "
                 f"{self.context_bytes:,} bytes and activations are given {self.activation_bytes:,}; raise budget_bytes "
                 "or lower activation_bytes",
                 needed_bytes=fixed,
-                free_bytes=self.budget_bytes,
+                free_bytes=budget_bytes,
             )
-        return self.budget_bytes - fixed
+        return budget_bytes - fixed
 
     # models
 
@@ -316,6 +318,28 @@ class Runtime:
         """Who holds the memory, now; prints as a table."""
         self._check_open()
         return self.ledger.snapshot()
+
+    def resize(self, budget_bytes: int) -> None:
+        """Another cap on all device memory of this process, while everything goes on.
+
+        A larger one holds at once. For a smaller one paused sessions leave the device, after their write-back, and the
+        memory is the driver's again on return. Context, activations and weights keep what they have.
+
+        Raises:
+            ConfigError: it is no size, or the device is smaller.
+            OutOfDeviceMemory: what cannot leave (weights, sessions that run) takes more; the cap is as it was.
+        """
+        self._check_open()
+        _check_sizes(budget_bytes=budget_bytes)
+        extent_bytes = self._extents(budget_bytes)
+        if extent_bytes >= self.device.capacity_bytes + self.device.granularity_bytes:
+            raise ConfigError(
+                f"budget_bytes {budget_bytes:,} would give weights and sessions {extent_bytes:,} bytes, and "
+                f"{self.device.name} has {self.device.capacity_bytes:,} (emulated, the runtime's first budget)"
+            )
+        with self._resizing:
+            self._opened().pager.resize(extent_bytes)
+            self.budget_bytes = self.ledger.budget_bytes = budget_bytes
 
     def close(self) -> None:
         """Close sessions, unload models, and give all memory back. Twice is once."""

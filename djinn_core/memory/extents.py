@@ -1,9 +1,9 @@
 """Physical device memory under one budget: extents are acquired, given back and reused.
 
-Invariant: held + pooled + leaving bytes never exceed the budget, and every one of them is a live handle of the
-device. Giving back is O(1) and touches no driver: the memory stays pooled, and a background thread destroys what is
-pooled above `reserve_bytes`. Not taken: destroying at once. A session's extents are wanted again soon, and 1.6 GB
-takes most of a millisecond to release in the hot path.
+Invariant: held + pooled + leaving bytes never exceed the budget (what was held when it shrank apart), and every one of
+them is a live handle of the device. Giving back is O(1) and touches no driver: the memory stays pooled, and a
+background thread destroys what is pooled above `reserve_bytes`. Not taken: destroying at once. A session's extents are
+wanted again soon, and 1.6 GB takes most of a millisecond to release in the hot path.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class ExtentPool:
 
     @property
     def free_bytes(self) -> int:
-        """What could be acquired, in any sizes."""
+        """What could be acquired, in any sizes; below zero while a smaller budget waits for its holders."""
         return self._budget_bytes - self._held_bytes
 
     def usage(self) -> Usage:
@@ -137,6 +137,18 @@ class ExtentPool:
                 self._leaving_bytes += taken[1]
             trimmed += self._destroy_leaving(*taken)
 
+    def resize(self, budget_bytes: int) -> int:
+        """Another budget, from now on; returns the bytes held beyond it.
+
+        What is pooled is destroyed as far as that takes. Nothing can be acquired until what is held beyond it has been
+        given back; call it again then, and that is destroyed too.
+        """
+        with self._changed:
+            self._budget_bytes = budget_bytes // self._granularity * self._granularity
+            while self._held_bytes + self.pooled_bytes > self._budget_bytes and self._make_room():
+                pass
+            return max(0, self._held_bytes - self._budget_bytes)
+
     def close(self) -> None:
         """Destroy what is pooled. Refused while extents are held."""
         with self._changed:
@@ -156,7 +168,7 @@ class ExtentPool:
                 raise OutOfDeviceMemory(
                     f"the device budget of {self._budget_bytes:,} bytes is full: {self._holders()}",
                     needed_bytes=size_bytes,
-                    free_bytes=self.free_bytes,
+                    free_bytes=max(0, self.free_bytes),
                 )
             if self._held_bytes + self.pooled_bytes + size_bytes > self._budget_bytes:
                 self._make_room()

@@ -88,7 +88,8 @@ class Memory:
 class Ledger:
     """Reads the pools. The fixed reservations (`context_bytes`, `activation_bytes`) are given by the runtime.
 
-    `budget_bytes` defaults to the pool's budget plus the two reservations.
+    Attributes:
+        budget_bytes: of the whole process; the pool's plus the two reservations when it is None.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class Ledger:
     ) -> None:
         self._pool, self._host, self._disk = pool, host, disk
         self._context_bytes, self._activation_bytes = context_bytes, activation_bytes
-        self._budget_bytes = budget_bytes
+        self.budget_bytes = budget_bytes
 
     def snapshot(self) -> Memory:
         """The memory now. The pool's figures belong to one moment; the tiers' follow right after."""
@@ -117,7 +118,7 @@ class Ledger:
         fixed = self._context_bytes + self._activation_bytes
         host, disk = self._host, self._disk
         return Memory(
-            budget_bytes=self._pool.budget_bytes + fixed if self._budget_bytes is None else self._budget_bytes,
+            budget_bytes=self._pool.budget_bytes + fixed if self.budget_bytes is None else self.budget_bytes,
             context_bytes=self._context_bytes,
             activation_bytes=self._activation_bytes,
             resident_weights_bytes=by_kind[Kind.RESIDENT_WEIGHTS],

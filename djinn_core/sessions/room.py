@@ -263,8 +263,32 @@ class Room:
                         f"session {holding.id} needs {needed_bytes:,} bytes more, and no other paused session can "
                         "leave the device; pause or close one and try again",
                         needed_bytes=needed_bytes,
-                        free_bytes=self.pool.free_bytes,
+                        free_bytes=max(0, self.pool.free_bytes),
                     )
+
+    def resize(self, budget_bytes: int) -> None:
+        """Another budget for the pool. Where sessions hold more than a smaller one, paused ones leave.
+
+        Raises:
+            OutOfDeviceMemory: what is left cannot leave; the budget is as it was, and who has left stays away.
+        """
+        with self._acquiring:
+            before = self.pool.budget_bytes
+            beyond = self.pool.resize(budget_bytes)
+            try:
+                while beyond > 0:
+                    made, before_bytes = self._make_room(0, None, None), beyond
+                    beyond = self.pool.resize(budget_bytes)
+                    if not made and beyond >= before_bytes:  # others may have left by themselves
+                        raise OutOfDeviceMemory(
+                            f"{beyond:,} bytes more than the new budget are held by weights, staging and sessions that "
+                            "run or arrive; pause or close one, or unload a model, and try again",
+                            needed_bytes=self.pool.held_bytes,
+                            free_bytes=self.pool.budget_bytes,
+                        )
+            except BaseException:
+                self.pool.resize(before)
+                raise
 
     def _make_room(self, needed_bytes: int, keep: Holding | None, limit_s: float | None) -> bool:
         """Evict as the policy says until `needed_bytes` are free; False when nobody could leave."""

@@ -88,6 +88,7 @@ def test_a_bar_that_was_set_stays():
         "pressure-under-cap-ledger": ("at_most", 1),
         "pressure-under-cap": ("at_most", 1),
         "pressure-total": ("at_most", 1.05),
+        "pressure-total-by-turns": ("at_most", 1.05),
         "pressure-swap-rate": ("at_least", 0.95),
         "pressure-ready-tail": ("at_most", 2),
         "pressure-hint": ("at_least", 0.9),

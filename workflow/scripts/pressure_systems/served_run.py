@@ -1,4 +1,8 @@
-"""Djinn's part of the pressure experiment: seeds, think times, the event log, and the verdicts from the samples."""
+"""Djinn's part of the pressure experiment: seeds, think times, the event log, and the verdicts from the samples.
+
+Where the card holds the demand, each seed is run without the cap too, right before or after it is run under the cap,
+by turns, in the same process: how fast passes are issued wanders within minutes, and ratios must not see that.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +35,11 @@ PREPARED_SHARE = 0.98  # of the host budget; slabs are whole units, so not quite
 def run(exp: harness.Experiment, capped: bool, wanted: list[list[int]]) -> None:
     """All seeds, and under the cap the think-time variant too."""
     config = exp.config
+    paired = capped and harness.what_is_missing(config, exp.result.machine, "djinn_uncapped") is None
+    config["paired_with_uncapped"] = paired
     with djinn.Runtime(
         device=exp.device,
-        budget_bytes=config["cap_bytes"] if capped else config["uncapped_bytes"],
+        budget_bytes=config["cap_bytes"] if capped and not paired else config["uncapped_bytes"],
         activation_bytes=config["activation_bytes"],
         host_bytes=config["host_bytes"] if capped else config["staging_host_bytes"],
         disk_path=exp.out.parent if capped and config["disk_bytes"] else None,
@@ -44,13 +50,19 @@ def run(exp: harness.Experiment, capped: bool, wanted: list[list[int]]) -> None:
         workload = Workload.of(config)
         bench = make_bench(exp, runtime, workload.max_length)
         pressure.record_demand(exp, bench, workload)
+        if paired:
+            runtime.resize(config["cap_bytes"])
         with exp.progress.task("pin host memory"):
             runtime.host.prepare(int(runtime.host.free_bytes * PREPARED_SHARE))
         exp.config["host_pinned"] = runtime.host.pinned  # sessions' memory, too, is there by now
         logs: list[tuple[str, list[Any]]] = []
         try:
-            for seed in config["seeds"]:
+            for number, seed in enumerate(config["seeds"]):
+                if paired and number % 2 == 0:
+                    run_uncapped(exp, bench, runtime, workload, seed, wanted)
                 logs.append((f"seed {seed}", run_seed(exp, bench, runtime, workload, seed, capped, wanted)))
+                if paired and number % 2:
+                    run_uncapped(exp, bench, runtime, workload, seed, wanted)
         finally:
             if capped:
                 swaps.write_log(exp.out.parent / "pressure.log", logs)
@@ -58,6 +70,41 @@ def run(exp: harness.Experiment, capped: bool, wanted: list[list[int]]) -> None:
             uncontended(exp, bench, runtime, workload)
             for hinted in (False, True):
                 think(exp, bench, runtime, workload, hinted, wanted)
+
+
+def run_uncapped(
+    exp: harness.Experiment,
+    bench: Bench,
+    runtime: djinn.Runtime,
+    workload: Workload,
+    seed: int,
+    wanted: list[list[int]],
+) -> None:
+    """The ideal beside a capped run of this seed: nothing but the budget differs. The cap holds again on return."""
+    runtime.resize(exp.config["uncapped_bytes"])
+    dims = {"seed": seed, "method": "djinn_uncapped"}
+    trace = MemoryTrace(exp, **dims, runtime=runtime, recorded=False)
+    tenants = take_all(exp, bench, workload, trace, dims)
+    settle(tenants)
+    pressure.check_tokens(exp, f"tokens_equal_uncapped_seed_{seed}", tenants, wanted)
+    close_all(tenants)
+    runtime.resize(exp.config["cap_bytes"])
+
+
+def take_all(
+    exp: harness.Experiment, bench: Bench, workload: Workload, trace: MemoryTrace, dims: dict[str, Any]
+) -> list[ServedTenant]:
+    """Spawn everyone, and all rounds of turns in the seed's order: what `total_s` is of."""
+    bench.device.synchronize()
+    begin_s = time.perf_counter()
+    with trace:
+        tenants = spawn_all(exp, bench, workload, trace, dims)
+        trace.phase = "resume"
+        pressure.take_rounds(exp, workload, tenants, dims["seed"], exp.config["callers"], dims)
+        bench.device.synchronize()
+        total_s = time.perf_counter() - begin_s
+    exp.result.sample("total_s", total_s, "s", **dims)
+    return tenants
 
 
 def run_seed(
@@ -69,26 +116,16 @@ def run_seed(
     capped: bool,
     wanted: list[list[int]],
 ) -> list[Any]:
-    """Spawn everyone, two rounds of turns in the seed's order, and what the samples say of it.
-
-    Returns the pager's events.
-    """
+    """`take_all` of one seed, and what the samples say of it; returns the pager's events."""
     dims = {"seed": seed, "method": "djinn"}
     runtime.events.clear()
-    bench.device.synchronize()
     origin = bench.device.event(timing=True)
     origin.record(bench.device.current_stream())
-    begin_s = time.perf_counter()
-    with MemoryTrace(exp, seed=seed, method="djinn", runtime=runtime) as trace:
-        tenants = spawn_all(exp, bench, workload, trace, dims)
-        trace.phase = "resume"
-        pressure.take_rounds(exp, workload, tenants, seed, exp.config["callers"], dims)
-        bench.device.synchronize()
-        total_s = time.perf_counter() - begin_s
+    trace = MemoryTrace(exp, **dims, runtime=runtime)
+    tenants = take_all(exp, bench, workload, trace, dims)
     if capped:
         settle(tenants)
     events = list(runtime.events)
-    exp.result.sample("total_s", total_s, "s", **dims)
     complete = sum(tenant.tokens == wanted[tenant.number] for tenant in tenants)
     exp.result.sample("completed_sessions", complete, "sessions", **dims)
     exp.result.sample("sessions_at_cap", len(tenants), "sessions", **dims)

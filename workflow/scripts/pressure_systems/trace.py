@@ -15,18 +15,26 @@ HZ = 20.0
 
 
 class MemoryTrace:
-    """Samples while its `with` block lasts; the rows go into the result as it ends.
+    """Samples while its `with` block lasts; the rows go into the result as it ends, if they are `recorded`.
 
     Attributes:
         phase: ``"spawn"`` or ``"resume"``, written into each row.
     """
 
     def __init__(
-        self, exp: Experiment, *, seed: int, method: str, runtime: djinn.Runtime | None = None, variant: str = "rounds"
+        self,
+        exp: Experiment,
+        *,
+        seed: int,
+        method: str,
+        runtime: djinn.Runtime | None = None,
+        variant: str = "rounds",
+        recorded: bool = True,
     ) -> None:
         self.exp = exp
         self.dims: dict[str, Any] = {"seed": seed, "method": method, "variant": variant}
         self.runtime = runtime
+        self.recorded = recorded
         self.phase = "spawn"
         self.ledger_peak_bytes = 0
         self._sessions = 0
@@ -66,7 +74,7 @@ class MemoryTrace:
         self._stop.set()
         self._thread.join()
         self._stack.close()
-        if kind is None:
+        if kind is None and self.recorded:
             self._record()
 
     def _record(self) -> None:
