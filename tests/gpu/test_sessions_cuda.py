@@ -94,6 +94,29 @@ def test_what_a_prefill_writes_behind_itself_waits_for_its_layers(rig) -> None:
     session.close()
 
 
+def test_a_smaller_budget_gives_memory_back_to_the_driver(rig) -> None:
+    stock, served, device, sessions = rig
+    wanted, opened = [], []
+    for number in range(6):
+        ids = (prompt(tokens=300) + number).cuda() % 128
+        wanted.append(Oracle(stock).forward(ids))
+        session = sessions.open(served, max_length=400)
+        session.forward(ids, stop_after=2)
+        session.pause()
+        session.wait_until("clean", 10)
+        opened.append(session)
+    pool, before = sessions.pager.pool, device.used_bytes()
+    half = pool.held_bytes // 2
+    sessions.pager.resize(half)
+    assert pool.held_bytes + pool.pooled_bytes <= half
+    assert device.used_bytes() <= before - half + 2 * MIB
+    for session, logits in zip(opened, wanted, strict=True):
+        assert torch.equal(session.resume(), logits)
+        assert pool.held_bytes + pool.pooled_bytes <= half
+        session.pause()
+        session.close()
+
+
 def test_a_graph_replays_across_a_swap(rig) -> None:
     """Attention over a session's KV, captured once: the addresses that it holds are good after the memory came back."""
     _, served, device, sessions = rig
