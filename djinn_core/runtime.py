@@ -345,13 +345,13 @@ class Runtime:
         """Close sessions, unload models, and give all memory back. Twice is once."""
         if self._closed:
             return
+        if self._sessions is not None:
+            self._sessions.close()  # not within the turn: whoever uses one of them may be waiting for it
         with self.turn, ExitStack() as ending:
             ending.callback(self._held.close)
             ending.callback(setattr, self, "_closed", True)
             for model in self.models:
                 ending.callback(self.unload, model)
-            if self._sessions is not None:
-                ending.callback(self._sessions.close)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -8,13 +8,14 @@ wanted again soon, and 1.6 GB takes most of a millisecond to release in the hot 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from djinn_core.device.base import Device
-from djinn_core.errors import OutOfDeviceMemory, UsageError
+from djinn_core.errors import DeviceError, OutOfDeviceMemory, UsageError
 from djinn_core.memory.ledger import Kind
 
 TRIM_AFTER_S = 0.05  # how long a given-back extent may wait to be wanted again before it is destroyed
@@ -242,7 +243,8 @@ class ExtentPool:
                 if self._closed:
                     return
                 self._trim_due = False
-            self.trim(self._reserve_bytes)
+            with contextlib.suppress(DeviceError):  # that extent is lost; the next ones are not
+                self.trim(self._reserve_bytes)
 
     def _holders(self) -> str:
         top = self._held.most_common(NAMED_HOLDERS)

@@ -30,7 +30,11 @@ class Region:
         self._device = device
         self.size_bytes = max(1, -(-size_bytes // granularity)) * granularity
         self.address = device.reserve(self.size_bytes)
-        self.tensor = device.tensor(self.address, self.size_bytes)
+        try:
+            self.tensor = device.tensor(self.address, self.size_bytes)
+        except BaseException:
+            device.release(self.address, self.size_bytes)
+            raise
         self._extents: dict[int, Extent] = {}
         self._offsets: list[int] = []  # sorted
         self._closed = False

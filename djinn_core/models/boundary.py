@@ -45,16 +45,20 @@ class PassControl(Protocol):
 
     Layers are 0-based here. A pass with `first_layer` = L executes layers L, L+1, ...; the stored boundary is what
     `enter` returns, at layer L, or after the last layer when L is the number of layers. `enter` is called once in
-    every pass, also when `first_layer` is 0 (then it is given the embeddings, and usually returns them).
+    every pass, also when `first_layer` is 0 (then it is given the embeddings, and usually returns them). At layer
+    `stop_before`, if any, `stop` is given what that layer would receive, a user's hooks included, and ends the pass.
     """
 
     first_layer: int
+    stop_before: int | None
 
     def enter(self, hidden: torch.Tensor) -> torch.Tensor: ...
 
     def before_layer(self, layer: int) -> None: ...
 
     def after_layer(self, layer: int, hidden: torch.Tensor) -> torch.Tensor: ...
+
+    def stop(self, hidden: torch.Tensor) -> None: ...
 
 
 RUNNING: ContextVar[PassControl | None] = ContextVar("djinn_running", default=None)
@@ -63,7 +67,7 @@ so that another model called from inside (a hook) is a plain pass."""
 
 
 class PassStopped(Exception):
-    """Raised by `PassControl.after_layer` to end the pass at that layer. The session catches it; users never see it."""
+    """Raised by `PassControl.stop` to end the pass. The session catches it; users never see it."""
 
 
 # What layers of a class return (see `Boundary.arity`), learned when one first runs: a model's twin teaches it.
@@ -186,6 +190,8 @@ class Boundary:
                 return self._pack(control.enter(hidden) if index == last and first > last else hidden)
             if index == first:
                 args, kwargs = _replace_hidden(args, kwargs, control.enter(_hidden(args, kwargs)))
+            if index == control.stop_before:
+                control.stop(_hidden(args, kwargs))
             control.before_layer(index)
             out = run(args, kwargs)
             if type(out) is tuple:

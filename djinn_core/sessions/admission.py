@@ -12,7 +12,7 @@ from djinn_core.sessions.holding import Holding
 from djinn_core.sessions.tiers import Tiers
 
 
-def admit(layout: Layout, holdings: Iterable[Holding], pool: ExtentPool, tiers: Tiers) -> None:
+def admit(layout: Layout, holdings: Iterable[Holding], pool: ExtentPool, tiers: Tiers, staging_bytes: int = 0) -> None:
     """Return when one more session of `layout` fits.
 
     Raises:
@@ -20,6 +20,7 @@ def admit(layout: Layout, holdings: Iterable[Holding], pool: ExtentPool, tiers: 
     """
     open_now = list(holdings)
     device_bytes = pool.budget_bytes - sum(size for (kind, _), size in pool.usage().held.items() if kind is not Kind.KV)
+    device_bytes -= staging_bytes
     if layout.total_bytes > device_bytes:
         raise OutOfDeviceMemory(
             f"a session of {layout.max_length} tokens does not fit the device beside weights and staging; open it "

@@ -88,6 +88,9 @@ class Behind:
                 if not end or block.host or block.disk or block.behind_bytes or block.copying_bytes:
                     continue
                 host = self._room.tiers.host.take_ready(block.size_bytes, holding.id)
+                if host is not None and not host.pinned:  # a slab that came since the pass began
+                    host.free()
+                    host = None
                 if host is None:
                     self._going = False
                     break

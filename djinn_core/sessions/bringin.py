@@ -71,9 +71,7 @@ class BringIn:
         self._pager = pager
         self.holding = holding
         self.order = order
-        self.reach = (
-            reach  # tokens that each layer must be able to hold; more than it holds means that it is appended to
-        )
+        self.reach = reach  # tokens that each layer must be able to hold; more than it holds: it is appended to
         self.prefetch = prefetch
         self.issued = bytearray(b"\1" * holding.layout.layers)
         for layer in order:
@@ -117,9 +115,8 @@ class BringIn:
         """
         if self.error is not None:
             raise self.error
-        if not self.done or not self.restored.query():
-            return False
-        return all(event.query() for event in self.arrival if event is not None)
+        copied = self.done and self.restored.query()
+        return copied and all(event.query() for event in self.arrival if event is not None)
 
     def gate(self, layer: int, compute: Stream) -> None:
         """Return when `layer` may be issued on the compute stream, which waits for its bytes.
@@ -255,10 +252,6 @@ class BringIn:
         """Layers to go."""
         return 0 if self.cancelled else len(self._left)
 
-    def fail(self, error: BaseException) -> None:
-        """`finish`, with whatever was raised."""
-        self.finish(self._told(error))
-
     def finish(self, error: DjinnError | None) -> None:
         """Nothing more will be issued. Called once, and raises nothing: `error` tells whoever waits."""
         try:
@@ -281,6 +274,10 @@ class BringIn:
             self.done = True
             self.changed.notify_all()
 
+    def fail(self, error: BaseException) -> None:
+        """`finish`, with whatever was raised."""
+        self.finish(self._told(error))
+
     def _told(self, error: BaseException) -> DjinnError:
         return told(error, self.holding, "a bring-in", "and it can be resumed again")
 
@@ -299,6 +296,7 @@ class BringIn:
                     return False
                 lock.wait()
             self._steps = steps
+            self.holding.displacing = any(self._here(step) for step in flat)  # two could wait for each other to lend
             for step in flat:
                 step.block.loading = True
                 wanted = step.source or step.block
@@ -311,9 +309,14 @@ class BringIn:
             self._claim_tails()
         return True
 
+    def _here(self, step: Step) -> bool:
+        """Its source is mapped here, and has to go before it is copied."""
+        return step.source is not None and self.holding.mapped.get(step.source.offset) is step.source
+
     def _in_motion(self, block: Block) -> bool:
         """Another session is loading it, or taking it off the device."""
-        return block.loading or any(place.moving for place in block.places)
+        others = block.places - {self.holding}
+        return block.loading or any(p.moving for p in block.places) or any(p.displacing for p in others)
 
     def _plan_layer(self, layer: int) -> list[Step]:
         holding, layout = self.holding, self.holding.layout
@@ -371,7 +374,7 @@ class BringIn:
     def _prepare_sources(self) -> bool:
         """Everything that will be read is on the device of a lender, or whole on the host."""
         pager, holding = self._pager, self.holding
-        here = [s.source for s in self._flat() if s.source and holding.mapped.get(s.source.offset) is s.source]
+        here = [step.source for step in self._flat() if self._here(step)]
         if here:
             pager.displace(holding, here)
         for step in self._flat():
@@ -478,6 +481,7 @@ class BringIn:
         finally:
             with self._pager.lock:
                 steps, self._steps = self._steps, {}
+                self.holding.displacing = False
                 for layer, row in steps.items():
                     for step in row:
                         step.block.loading = False

@@ -44,7 +44,9 @@ class Boundary(Stored):
         return self.device is None
 
     def tensor(self) -> torch.Tensor:
-        """The host copy, as hidden states; waits until it is whole."""
+        """The hidden states on the host: what is still on the device, else the host copy."""
+        if (there := self.device) is not None:
+            return there.cpu()
         if self.written is not None:
             self.written.synchronize()
         return self.host.tensor[: self.size_bytes].view(self.dtype).view(self.shape)

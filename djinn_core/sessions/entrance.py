@@ -66,7 +66,7 @@ def load_boundary(pager: Pager, holding: Holding, boundary: Boundary, trace: Tra
 def enter_boundary(pager: Pager, boundary: Boundary, slot: Slot | torch.Tensor) -> torch.Tensor:
     """The boundary as the next layer's input, on the compute stream; the slot is given back behind it."""
     if isinstance(slot, torch.Tensor):
-        return slot
+        return slot.clone()  # the checkpoint stays as it was, whatever a hook does
     compute = pager.device.current_stream()
     try:
         compute.wait_event(slot.ready)

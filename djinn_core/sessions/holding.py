@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from djinn_core.device.base import Device, Event
-from djinn_core.errors import DeviceError, DjinnError
+from djinn_core.errors import DeviceError, DjinnError, SessionStateError
 from djinn_core.memory.regions import Region
 from djinn_core.sessions.blocks import Block, BlockTable, Layout
 from djinn_core.sessions.state import SessionState, transition
@@ -45,6 +45,8 @@ class Holding:
         reading: the boundary that the last resume copied in, and the event after which that is done.
         prefetch_failed: bringing it in early went wrong; it is not tried again before its next pause.
         pins: others that read its mapped blocks now.
+        user, user_thread: held by the one caller who uses the session, and the thread that he is.
+        displacing: blocks of its own have to go before they are copied; nobody borrows from it meanwhile.
         trouble: why the last write-back did not succeed; it is tried again at the next pause or eviction.
     """
 
@@ -63,6 +65,9 @@ class Holding:
         self.deferred: BringIn | None = None
         self.queued = self.unstarted = self.draining = self.needed = self.moving = self.release = self.changing = False
         self.in_pass = False
+        self.user = threading.Lock()
+        self.user_thread: int | None = None
+        self.displacing = False
         self.behind: Behind | None = None
         self.wanted = self.drains = 0
         self.leaving = 0
@@ -77,6 +82,14 @@ class Holding:
     def go(self, to: SessionState, doing: str) -> None:
         """Change the state, or refuse."""
         self.state = transition(self.id, self.state, to, doing)
+
+    def own(self, checkpoint: Checkpoint) -> Checkpoint:
+        """This session's checkpoint of that id: a fork has its own of those that it shares."""
+        for own in self.checkpoints:
+            if own.id == checkpoint.id:
+                return own
+        known = ", ".join(own.id for own in self.checkpoints) or "none"
+        raise SessionStateError(f"session {self.id} has no checkpoint {checkpoint.id}; it has {known}")
 
     def done_reading(self) -> None:
         """The last resume's boundary has been read, and may leave the host."""

@@ -40,18 +40,21 @@ class Lineages(Room):
                 holding.moving = False
                 self.lock.notify_all()
             raise
-        for checkpoint in list(holding.checkpoints):
-            self.drop_checkpoint(holding, checkpoint)
-        self.tiers.discard_orphans(holding)
-        with self.lock:
-            gone = holding.table.assign([0] * holding.layout.layers, [[] for _ in range(holding.layout.layers)])
-            for block in gone:
-                if not block.holders:
-                    self.tiers.discard(block)
-            del self.holdings[holding.id]
-            holding.moving = False
-            holding.go(SessionState.CLOSED, "be closed")
-            self.lock.notify_all()
+        try:
+            for checkpoint in list(holding.checkpoints):
+                self.drop_checkpoint(holding, checkpoint)
+            with self.lock:
+                holding.orphans += holding.table.assign(
+                    [0] * holding.layout.layers, [[] for _ in range(holding.layout.layers)]
+                )
+            self.tiers.discard_orphans(holding)
+            with self.lock:
+                del self.holdings[holding.id]
+                holding.go(SessionState.CLOSED, "be closed")
+        finally:
+            with self.lock:
+                holding.moving = False
+                self.lock.notify_all()
 
     def _take_all(self, holding: Holding) -> None:
         """Unmap all that a closing session has mapped, after saving what others still want of it."""
@@ -68,8 +71,11 @@ class Lineages(Room):
             if shared:
                 write_back_of_closing(self, holding, shared)
             self._unmap(holding, list(holding.mapped.values()))
+            self.sweep(holding)
 
     def _wanted_by_others(self, holding: Holding, block: Block) -> bool:
+        if self.ending:
+            return False
         own = {id(holding.table), *(id(c.table) for c in holding.checkpoints)}
         return any(id(table) not in own for table in block.holders) and holding.dirty(block)
 
@@ -97,6 +103,14 @@ class Lineages(Room):
 
     def displace(self, holding: Holding, blocks: list[Block]) -> None:
         """Unmap `blocks` here; before the last place of one goes, the host has all that its holders can see."""
+        try:
+            self._displace(holding, blocks)
+        finally:
+            with self.lock:
+                holding.displacing = False
+                self.lock.notify_all()
+
+    def _displace(self, holding: Holding, blocks: list[Block]) -> None:
         with self.leaving(holding):
             with self.lock:
                 own = holding.table
@@ -142,18 +156,17 @@ class Lineages(Room):
         with self.lock:
             holding.checkpoints.remove(checkpoint)
             gone = checkpoint.table.assign([0] * holding.layout.layers, [[] for _ in range(holding.layout.layers)])
-            orphans = [block for block in gone if not block.holders]
+            holding.orphans += gone  # mapped ones belong to a table; these are off the device
             boundary = checkpoint.boundary
             if boundary is not None:
                 boundary.refs -= 1
-        if boundary is not None and not boundary.refs:
-            self._discard_boundary(boundary)
-        with self.lock:
-            for block in orphans:  # mapped ones belong to a table; these are off the device
-                self.tiers.discard(block)
-            self.lock.notify_all()
+        try:
+            if boundary is not None and not boundary.refs:
+                self.discard_boundary(boundary)
+        finally:
+            self.tiers.discard_orphans(holding)
 
-    def _discard_boundary(self, boundary: Boundary) -> None:
+    def discard_boundary(self, boundary: Boundary) -> None:
         if boundary.written is not None:
             try:
                 boundary.written.synchronize()
@@ -161,14 +174,17 @@ class Lineages(Room):
                 self.log_id("-", f"lost copy ({error})")
         boundary.device = None
         with self.lock:
-            self.lock.wait_for(lambda: not boundary.readers)
             self.tiers.discard(boundary)
 
 
 def write_back_of_closing(room: Room, holding: Holding, blocks: Iterable[Block]) -> None:
     """A closing session's last copies, for those who share its blocks."""
-    holding.moving = False
+    with room.lock:
+        holding.moving = False
+        room.lock.notify_all()
     try:
         write_back(room, holding, blocks)
     finally:
-        holding.moving = True
+        with room.lock:  # someone may be taking it off the device just now
+            room.lock.wait_for(lambda: not (holding.moving or holding.draining or holding.pins))
+            holding.moving = True

@@ -11,33 +11,34 @@ Not taken: paging single blocks on demand. A session is wanted as a whole, and h
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 from collections.abc import Sequence
 
 from djinn_core.device.base import Device
-from djinn_core.errors import CapacityError, ConfigError, DjinnError, IntegrityError, OutOfDeviceMemory
+from djinn_core.errors import (
+    ConfigError,
+    DjinnError,
+    IntegrityError,
+    OutOfDeviceMemory,
+    SessionStateError,
+    UsageError,
+)
 from djinn_core.memory.disktier import DiskTier
 from djinn_core.memory.extents import ExtentPool
 from djinn_core.memory.hosttier import HostTier
 from djinn_core.sessions.admission import admit
 from djinn_core.sessions.blocks import Block, BlockTable, Layout
 from djinn_core.sessions.bringin import BringIn
-from djinn_core.sessions.checkpoint import Boundary
 from djinn_core.sessions.holding import Holding
-from djinn_core.sessions.lineages import Lineages
 from djinn_core.sessions.link import Link
 from djinn_core.sessions.policy import Policy
 from djinn_core.sessions.state import SessionState, refusal
-from djinn_core.sessions.workers import told
-from djinn_core.sessions.writeback import write_back
+from djinn_core.sessions.writer import Writer
 
 HELP_FROM_S = 1.0  # who waits this long for a write-back does it itself; who only looks is not held up
-WRITE_BACK_REMEDY = "on the device; resume and pause it to try again"
 
 
-class Pager(Lineages):
+class Pager(Writer):
     """Sessions of one runtime, and their memory. Thread-safe.
 
     Attributes:
@@ -53,10 +54,7 @@ class Pager(Lineages):
         policy: Policy | None = None,
     ) -> None:
         super().__init__(device, pool, host, disk, policy)
-        self._out: queue.SimpleQueue[Holding | Boundary | None] = queue.SimpleQueue()
         self._closed = False
-        self._writer = threading.Thread(target=self._work_out, name="djinn-writer", daemon=True)
-        self._writer.start()
         self.link = Link(self)
         self.link.start()
 
@@ -68,7 +66,7 @@ class Pager(Lineages):
                 longest; nobody else is disturbed.
         """
         with self.lock:
-            admit(layout, self.holdings.values(), self.pool, self.tiers)
+            admit(layout, self.holdings.values(), self.pool, self.tiers, self.staging.growth_bytes(boundary_bytes))
             holding = Holding(self.device, layout)
             self.holdings[holding.id] = holding
         try:
@@ -88,8 +86,7 @@ class Pager(Lineages):
             return
         self._closed = True
         self.link.close()
-        self._out.put(None)
-        self._writer.join()
+        self.end_writer()
         self.staging.close()
 
     def claim(self, holding: Holding, first: int, last: int, new: int) -> None:
@@ -201,9 +198,12 @@ class Pager(Lineages):
                 behind.end(done=recorded and new > 0)
             self._begin_deferred(holding)
 
-    def abandon(self, holding: Holding) -> None:
-        """The pass failed: no layer holds more than before it."""
+    def abandon(self, holding: Holding, lengths: Sequence[int]) -> None:
+        """The pass failed: each layer holds its `lengths` of before it."""
         try:
+            with self.lock:
+                holding.table.lengths = list(lengths)
+                holding.table.writable_until = 0
             self._end_by_pass(holding, done=False)
         finally:
             self._leave_pass(holding)
@@ -232,7 +232,16 @@ class Pager(Lineages):
         if lost is None:
             lost = holding.lost()
         if lost:
-            self._unmap(holding, lost)
+            with self.lock:  # it may be leaving the device just now
+                self.lock.wait_for(lambda: not holding.moving)
+                holding.moving = True
+                lost = [block for block in lost if holding.mapped.get(block.offset) is block]
+            try:
+                self._unmap(holding, lost)
+            finally:
+                with self.lock:
+                    holding.moving = False
+                    self.lock.notify_all()
         with self.lock:
             holding.jobs.clear()
             if holding.state is not SessionState.RESUMING:
@@ -240,6 +249,8 @@ class Pager(Lineages):
 
     def pause(self, holding: Holding, expected_resume_s: float | None, release: bool) -> None:
         """PAUSED, and its write-back under way. Returns at once."""
+        if not isinstance(expected_resume_s, int | float | None):
+            raise UsageError(f"expected_resume_s is {expected_resume_s!r}; give seconds, or None")
         with self.lock:
             holding.go(SessionState.PAUSED, "be paused")
             now_s = time.monotonic()
@@ -262,10 +273,12 @@ class Pager(Lineages):
             self.lock.wait_for(lambda: not holding.moving)
             if holding.state is SessionState.FAILED and holding.failure is not None:
                 raise refusal(holding.id, holding.state, "resume") from holding.failure
-            if holding.state is not SessionState.RUNNING:
+            if holding.state not in (SessionState.RUNNING, SessionState.RESUMING):  # that one was interrupted
                 holding.go(SessionState.RESUMING, "resume")
             holding.release = False
         self._forget(holding)
+        if not holding.jobs:
+            self.sweep(holding)
         if not holding.jobs and holding.is_resident():
             try:
                 self.claim(holding, first, last, new)
@@ -390,6 +403,11 @@ class Pager(Lineages):
             self.lock.wait_for(lambda: reached[what]() or self._stuck(holding, what), timeout_s)
             if not reached[what]():
                 if self._stuck(holding, what):
+                    if holding.trouble is None and what == "released" and holding.state is SessionState.PAUSED:
+                        raise SessionStateError(
+                            f"session {holding.id} will not be released: it is paused, and stays on the device until "
+                            "someone needs its memory; resume it, and pause it with release=True"
+                        )
                     raise holding.trouble or refusal(holding.id, holding.state, f"become {what}")
                 raise TimeoutError(
                     f"session {holding.id} was not {what} within {timeout_s} s; it is {holding.state.value}"
@@ -408,22 +426,6 @@ class Pager(Lineages):
                         self._take_back(holding)
                     raise
 
-    def _ask_clean(self, holding: Holding) -> None:
-        """Someone waits for the write-back. It is begun anew when the host had no room, or took the copies away."""
-        with self.lock:
-            holding.needed = True
-            again = holding.trouble is None or isinstance(holding.trouble, CapacityError)
-            under_way = holding.queued or holding.draining or holding.leaving
-            if holding.state is SessionState.PAUSED and again and not under_way and not holding.is_clean():
-                holding.trouble = None
-                self._want(holding)
-                self._out.put(holding)
-
-    def _want(self, holding: Holding) -> None:
-        """One more write-back is wanted. The lock is held."""
-        holding.queued = holding.unstarted = True
-        holding.wanted += 1
-
     def _stuck(self, holding: Holding, what: str) -> bool:
         """It cannot become so any more without the caller doing something."""
         if what == "restored":
@@ -434,64 +436,3 @@ class Pager(Lineages):
             away = (SessionState.PAUSED, SessionState.SWAPPED)
             return holding.state not in away or not (holding.release or holding.queued or holding.moving)
         return False
-
-    def boundary_issued(self, boundary: Boundary) -> None:
-        """Its copy to the host is under way; its device copy is dropped when that is complete."""
-        self._out.put(boundary)
-
-    def _work_out(self) -> None:
-        while (item := self._out.get()) is not None:
-            if isinstance(item, Boundary):
-                self._settle_boundary(item)
-            else:
-                self._drain(item)
-
-    def _settle_boundary(self, boundary: Boundary) -> None:
-        try:
-            self.device.bind_thread()
-            boundary.written.synchronize()
-        except BaseException as error:  # noqa: BLE001 - the thread's edge; a resume takes what is on the device
-            self.log_id("-", f"boundary stays on the device ({error!r})")
-            return
-        with self.lock:
-            boundary.host_valid_bytes = boundary.size_bytes
-            boundary.device = None
-            self.lock.notify_all()
-
-    def _drain(self, holding: Holding) -> None:
-        """Do the write-back that is wanted, unless a thread has taken it up already."""
-        with self.lock:
-            if not holding.unstarted:
-                return
-            holding.unstarted = False
-            holding.drains += 1
-            number = holding.wanted
-        try:
-            self.device.bind_thread()
-            holding.wait_issued()
-            if holding.release:
-                self.evict(holding, released=True)
-            if holding.state is SessionState.PAUSED:
-                self._clean(holding)
-        except BaseException as error:  # the thread's edge: `wait_until` tells whoever waits
-            if number == holding.wanted:  # another one has been wanted since, and speaks for itself
-                holding.trouble = told(error, holding, "its write-back", WRITE_BACK_REMEDY)
-            self.log(holding, f"stays dirty ({error!r})")
-            if threading.current_thread() is not self._writer and not isinstance(error, Exception):
-                raise
-        finally:
-            with self.lock:
-                holding.drains -= 1
-                holding.queued = holding.unstarted or holding.drains > 0
-                self.lock.notify_all()
-
-    def _clean(self, holding: Holding) -> None:
-        """Write back what is new; only for someone who waits for it at the cost of others' clean copies."""
-        while True:
-            optional = not holding.needed
-            try:
-                write_back(self, holding, list(holding.mapped.values()), optional=optional)
-                return
-            except CapacityError:
-                if not optional or not holding.needed:
-                    raise

@@ -40,10 +40,12 @@ class Control:
         enter: Callable[[torch.Tensor], torch.Tensor] | None,
         edits: EditsByLayer,
         keep: Callable[[torch.Tensor], None],
+        layers: int,
         behind: Behind | None = None,
     ) -> None:
         self.first_layer = first
-        self._stop = stop
+        self.stop_before = stop
+        self._last = layers
         self._jobs = tuple(jobs)
         self._compute = compute
         self._enter = enter
@@ -64,7 +66,11 @@ class Control:
             hidden = apply_edits(self._edits[done], hidden)
         if self._behind is not None:
             self._behind.layer(layer, self._compute)
-        if done == self._stop:
-            self._keep(hidden)
-            raise PassStopped
+        if done == self.stop_before == self._last:
+            self.stop(hidden)
         return hidden
+
+    def stop(self, hidden: torch.Tensor) -> None:
+        """What the next layer would receive is the boundary."""
+        self._keep(hidden)
+        raise PassStopped

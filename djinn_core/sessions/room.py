@@ -52,6 +52,7 @@ class Room:
         self.policy: Policy = policy or ExpectedLast()
         self.lock = threading.Condition()
         self.saving = threading.Lock()
+        self.ending = False  # everything is being closed: nobody wants anything
         self.holdings: dict[str, Holding] = {}
         self.tiers = Tiers(self, host, disk)
         self.staging = Staging(device, pool, self.acquire_one)
@@ -197,6 +198,12 @@ class Room:
             self.pool.give_back(extent)
         return sum(extent.size_bytes for extent in free)
 
+    def sweep(self, holding: Holding) -> None:
+        """Unmap what a bring-in had mapped ahead and could not unmap. Nothing is being brought in."""
+        stale = [offset for offset in holding.region.mapped() if offset not in holding.mapped]
+        for extent in holding.region.unmap(stale) if stale else ():
+            self.pool.give_back(extent)
+
     def _settle_device(self, holding: Holding) -> None:
         """Nothing queued on the device touches this session's memory any more.
 
@@ -296,7 +303,7 @@ class Room:
         freed_any = False
         while self.pool.free_bytes < needed_bytes or not freed_any:
             candidates = self._candidates(keep, limit_s, tried)
-            chosen = self._choose(candidates, needed_bytes - self.pool.free_bytes)
+            chosen = [n for n in self._choose(candidates, needed_bytes - self.pool.free_bytes) if n not in tried]
             if not chosen:
                 break
             for name in chosen:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from djinn_core.device.base import Device
-from djinn_core.errors import UsageError
+from djinn_core.errors import SessionStateError, UsageError
 from djinn_core.memory.disktier import DiskTier
 from djinn_core.memory.extents import ExtentPool
 from djinn_core.memory.hosttier import HostTier
@@ -115,9 +117,26 @@ class Sessions:
             return SessionTable(_info(holding) for holding in self.pager.holdings.values())
 
     def close(self) -> None:
-        """Close what is open, and end the pager."""
-        for holding in list(self.pager.holdings.values()):
-            self.pager.close_session(holding)
+        """Close what is open, and end the pager. Whoever uses a session ends first.
+
+        Raises:
+            SessionStateError: this thread is using one itself (a hook of its pass); nothing was closed.
+        """
+        taken: list[Holding] = []
+        with ExitStack() as held:
+            while new := [holding for holding in list(self.pager.holdings.values()) if holding not in taken]:
+                for holding in new:
+                    if holding.user_thread == threading.get_ident():
+                        raise SessionStateError(
+                            f"session {holding.id} is in use by this thread, which closes all sessions meanwhile (from "
+                            "a hook?); close them after it"
+                        )
+                    held.enter_context(holding.user)
+                    taken.append(holding)
+            self.pager.ending = True
+            for holding in taken:
+                if holding.state is not SessionState.CLOSED:
+                    self.pager.close_session(holding)
         self.pager.close()
 
 

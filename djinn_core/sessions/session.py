@@ -62,7 +62,6 @@ class Session:
         self._cache = SessionCache(attention_windows(model.config), holding.layout, holding.region, holding.table)
         self._story = story or Story()
         self._generator: torch.Generator | None = None
-        self._user = threading.Lock()
         known = inspect.signature(model.forward).parameters
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         self._has_positions = "position_ids" in known
@@ -110,14 +109,16 @@ class Session:
 
     @contextmanager
     def _use(self, doing: str) -> Iterator[None]:
-        if not self._user.acquire(blocking=False):
+        if not self._holding.user.acquire(blocking=False):
             raise SessionStateError(
                 f"session {self.id} cannot {doing}: another thread is using it; a session has one caller at a time"
             )
+        self._holding.user_thread = threading.get_ident()
         try:
             yield
         finally:
-            self._user.release()
+            self._holding.user_thread = None
+            self._holding.user.release()
 
     def _need_running(self, doing: str) -> None:
         state = self.state  # before the look at failures: one that comes after it is told by the pass
@@ -241,7 +242,8 @@ class Session:
         """One pass of layers `first` to `stop`; the session has moved on only when it returns."""
         pager, holding, last = self._pager, self._holding, stop or self._layers
         new = inputs.ids.shape[1]
-        boundary = out = None
+        boundary = out = point = None
+        before, was = list(holding.table.lengths), (self._story, self.stopped)
         try:
             pager.enter_pass(holding)
             if stop is not None:
@@ -254,26 +256,31 @@ class Session:
                 enter=enter,
                 edits=edits,
                 keep=lambda hidden: keep_boundary(pager, boundary, hidden),
+                layers=self._layers,
                 behind=None if stop is None else write_behind(pager, holding, new),
             )
             out = self._call(control, inputs, holding.start_of(first, new))
+            pager.settle(holding, first, last, new)
+            if stop is None:
+                self._story = replace(story, ids=(*story.ids, inputs.ids), mask=inputs.mask, logits=out)
+                self.stopped = None
+                return out
+            applied = earlier + tuple(edit for layer in sorted(edits) for edit in edits[layer])
+            self._story = self._with_random(story)
+            with pager.lock:
+                point = Checkpoint(stop, boundary, inputs, holding.table.copy(), self._story, applied)
+            pager.add_checkpoint(holding, point)
+            self.stopped = point
+            pager.boundary_issued(boundary)
+            return point
         except BaseException:
-            pager.abandon(holding)
-            if boundary is not None:
-                with pager.lock:
-                    pager.tiers.discard(boundary)
+            self._story, self.stopped = was
+            pager.abandon(holding, before)
+            if point is not None and point in holding.checkpoints:
+                pager.drop_checkpoint(holding, point)
+            elif boundary is not None:
+                pager.discard_boundary(boundary)
             raise
-        pager.settle(holding, first, last, new)
-        if stop is None:
-            self._story = replace(story, ids=(*story.ids, inputs.ids), mask=inputs.mask, logits=out)
-            self.stopped = None
-            return out
-        pager.boundary_issued(boundary)
-        applied = earlier + tuple(edit for layer in sorted(edits) for edit in edits[layer])
-        self._story = self._with_random(story)
-        self.stopped = Checkpoint(stop, boundary, inputs, holding.table.copy(), self._story, applied)
-        pager.add_checkpoint(holding, self.stopped)
-        return self.stopped
 
     def _call(self, control: Control, inputs: PassInputs, start: int) -> torch.Tensor | None:
         """The model's own forward; None when the control stopped it."""
@@ -289,7 +296,8 @@ class Session:
                 out = self._model(
                     input_ids=inputs.ids, past_key_values=self._cache, use_cache=True, return_dict=True, **given
                 )
-            return out.logits[:, -1]
+            logits = out.logits[:, -1]  # of many positions, a copy: a view would keep them all
+            return logits.clone() if out.logits.shape[1] > 1 else logits
         except PassStopped:
             return None
         finally:
@@ -329,7 +337,7 @@ class Session:
         """
         begun_s = time.perf_counter()
         with self._use("resume"):
-            place = self.stopped if checkpoint is None else self._own(checkpoint)
+            place = self.stopped if checkpoint is None else self._holding.own(checkpoint)
             if place is None and self.state is SessionState.RUNNING:
                 raise refusal(self.id, self.state, "resume")
             if self.state in (SessionState.CLOSED, SessionState.FAILED):
@@ -339,18 +347,9 @@ class Session:
                 return self._resume_between(place, begun_s, edits, stop_after)
             return self._resume_stopped(place, begun_s, edits, stop_after)
 
-    def _own(self, checkpoint: Checkpoint) -> Checkpoint:
-        """This session's checkpoint of that id: a fork has its own of those that it shares."""
-        for own in self._holding.checkpoints:
-            if own.id == checkpoint.id:
-                return own
-        known = ", ".join(own.id for own in self.checkpoints) or "none"
-        raise SessionStateError(f"session {self.id} has no checkpoint {checkpoint.id}; it has {known}")
-
     def _resume_between(self, place: Checkpoint | None, begun_s: float, edits: object, stop_after: int | None) -> None:
         check_between(self.id, edits, stop_after)
-        pager, holding = self._pager, self._holding
-        trace = Trace(begun_s)
+        pager, holding, trace = self._pager, self._holding, Trace(begun_s)
         trace.there(pager.device, pager.staging.urgent)
         if place is not None:
             pager.adopt(holding, place)
@@ -446,7 +445,7 @@ class Session:
     def drop(self, checkpoint: Checkpoint) -> None:
         """Forget a checkpoint, and give up what only it refers to."""
         with self._use("drop a checkpoint"):
-            own = self._own(checkpoint)
+            own = self._holding.own(checkpoint)
             if own is self.stopped:
                 raise SessionStateError(f"session {self.id} stands at {own.id}; resume it, or another one, first")
             self._holding.done_reading()
@@ -474,7 +473,7 @@ class Session:
 
     def save(self, folder: str | Path) -> None:
         """Write the session and its checkpoints to `folder`: safetensors and JSON, complete or not at all."""
-        from djinn_core.sessions.snapshot import save_session
+        from djinn_core.sessions.snapshot import save_session  # which knows this class
 
         with self._use("be saved"):
             if self.state in (SessionState.CLOSED, SessionState.FAILED):
@@ -487,8 +486,8 @@ class Session:
         with self._use("be closed"):
             if self.state is SessionState.CLOSED:
                 return
-            self.stopped = None
             self._pager.close_session(self._holding)
+            self.stopped = None
 
     def __enter__(self) -> Session:
         return self

@@ -9,6 +9,7 @@ Not taken: `safetensors.torch.save_file`, which would hold a second copy of the 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from djinn_core.errors import DjinnError, IntegrityError, OutOfHostMemory, UsageError
+from djinn_core.errors import DeviceError, DjinnError, IntegrityError, OutOfDisk, OutOfHostMemory, UsageError
 from djinn_core.sessions.blocks import Block, BlockTable, Stored
 from djinn_core.sessions.checkpoint import Boundary, Checkpoint, PassInputs, Story
 from djinn_core.sessions.edits import Recorded
@@ -156,13 +157,26 @@ def save_session(session: Session, folder: str | Path) -> None:
 
     Raises:
         UsageError: the folder exists.
-        CapacityError: the host has no room for what is still on the device only; nothing was written.
+        CapacityError: the host has no room for what is still on the device only, or the folder's file system is full.
+        DeviceError: the file system failed otherwise. Nothing is left of what was written; the session is as it was.
     """
     folder = Path(folder)
     with session._pager.saving:  # two that hold a part of what they need of the host would wait for each other
         if folder.exists():
             raise UsageError(f"{folder} exists already; save to a new folder")
-        _save(session, folder)
+        try:
+            _save(session, folder)
+        except OSError as error:
+            raise _not_saved(session, folder, error) from error
+
+
+def _not_saved(session: Session, folder: Path, error: OSError) -> DjinnError:
+    told = f"session {session.id}, {session.state.value}, was not saved to {folder}: {error}; it is as it was"
+    if error.errno != errno.ENOSPC:
+        return DeviceError(f"{told}; save to another file system")
+    needed_bytes = sum(block.end_bytes() for block in session._holding.table)
+    free_bytes = shutil.disk_usage(next(parent for parent in folder.absolute().parents if parent.exists())).free
+    return OutOfDisk(f"{told}; make room, or save elsewhere", needed_bytes=needed_bytes, free_bytes=free_bytes)
 
 
 def _save(session: Session, folder: Path) -> None:
@@ -313,7 +327,7 @@ def load_session(folder: str | Path, model: PreTrainedModel, sessions: Sessions)
     except (KeyError, TypeError, IndexError, ValueError) as error:
         _give_up(sessions, holding, loader)
         raise IntegrityError(f"{folder} is not a session that this version can read: {error!r}") from error
-    except DjinnError:
+    except BaseException:
         _give_up(sessions, holding, loader)
         raise
 

@@ -39,22 +39,22 @@ class Slot:
 
     def __init__(self, device: Device, pool: ExtentPool, acquire: Acquire, size_bytes: int) -> None:
         self._pool = pool
+        self.free = device.event()
+        self.filled = device.event()
+        self.renew(device)
         self._extent = acquire(size_bytes, Kind.STAGING, "staging")
         self.size_bytes = self._extent.size_bytes
         self._region = None
         try:
             self._region = Region(device, self.size_bytes)
             self._region.map([(0, self._extent)])
-        except DeviceError:
+        except BaseException:
             self._pool.give_back(self._extent)
             if self._region is not None:
                 self._region.close()
             raise
         self.bytes = self._region.tensor
         self._views: dict[int, torch.Tensor] = {}
-        self.free = device.event()
-        self.filled = device.event()
-        self.renew(device)
 
     def renew(self, device: Device) -> None:
         """A fresh timing event: a trace keeps that of its own resume."""
@@ -86,8 +86,15 @@ class Staging:
         self._idle: deque[Slot] = deque()
         self._slots: list[Slot] = []
         self._outbound: Slot | None = None
+        self._storing = threading.Lock()  # held while the outbound slot is written to, or replaced
         self.urgent = device.stream(-1)
         self.out_stream = device.stream(-1)
+
+    def growth_bytes(self, size_bytes: int) -> int:
+        """What `grow` would take of the device besides what the slots hold now."""
+        now = self._outbound.size_bytes if self._outbound is not None else 0
+        wanted = self._pool.rounded(size_bytes)
+        return max(0, wanted - now) * (INBOUND_SLOTS + 1)
 
     def grow(self, size_bytes: int) -> None:
         """Slots of at least `size_bytes`. Smaller ones go when they are idle.
@@ -106,8 +113,9 @@ class Staging:
                 for slot in new:
                     slot.close()
                 raise
-            old = [*self._idle, *([self._outbound] if self._outbound else [])]
-            self._outbound = new.pop()
+            with self._storing:
+                old = [*self._idle, *([self._outbound] if self._outbound else [])]
+                self._outbound = new.pop()
             self._idle = deque(new)
             self._slots = new
             self._changed.notify_all()
@@ -125,6 +133,7 @@ class Staging:
 
     def give_back(self, slot: Slot) -> None:
         """The slot may be taken again; the stream order keeps its readers and the next writer apart."""
+        filled = slot.ready
         try:
             slot.renew(self._device)
         finally:
@@ -134,6 +143,8 @@ class Staging:
                     self._idle.append(slot)
                     self._changed.notify()
         if not wanted:
+            with contextlib.suppress(DeviceError):
+                filled.synchronize()  # no pass may have waited for the copy into it
             slot.close()
 
     def load(self, slot: Slot, source: torch.Tensor) -> None:
@@ -145,6 +156,10 @@ class Staging:
 
     def store(self, hidden: torch.Tensor, target: torch.Tensor, written: Event) -> None:
         """Write `hidden` (on the compute stream) to pinned `target`, asynchronously; done at `written`."""
+        with self._storing:
+            self._store(hidden, target, written)
+
+    def _store(self, hidden: torch.Tensor, target: torch.Tensor, written: Event) -> None:
         slot = self._outbound
         size_bytes = hidden.numel() * hidden.element_size()
         compute = self._device.current_stream()

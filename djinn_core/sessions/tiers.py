@@ -16,8 +16,8 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from djinn_core.errors import DeviceError, OutOfDisk, OutOfHostMemory
-from djinn_core.memory.disktier import DiskTier
+from djinn_core.errors import DeviceError, IntegrityError, OutOfDisk, OutOfHostMemory
+from djinn_core.memory.disktier import DiskBlock, DiskTier
 from djinn_core.memory.hosttier import HostBlock, HostTier
 from djinn_core.sessions.blocks import Block, Stored
 from djinn_core.sessions.holding import Holding
@@ -110,6 +110,9 @@ class Tiers:
         begun_s = time.perf_counter()
         try:
             self.disk.read(stored.disk, block.tensor[: stored.disk.size_bytes])
+        except IntegrityError as error:
+            block.free()
+            raise IntegrityError(f"session {owner} has lost a part of its state: {error}") from error
         except BaseException:
             block.free()
             raise
@@ -136,7 +139,9 @@ class Tiers:
         return some
 
     def discard(self, stored: Stored) -> None:
-        """Nobody refers to it any more. Its device memory, if any, is the pager's to take. The lock is held."""
+        """Nobody refers to it any more. Its device memory, if any, is the pager's to take. The lock is held, but not
+        while a transfer that reads it is waited for."""
+        self._pager.lock.wait_for(lambda: not stored.readers)
         with stored.lock:
             host, stored.host, stored.host_valid_bytes = stored.host, None, 0
             if host is not None:
@@ -147,7 +152,13 @@ class Tiers:
         """Forget the disk copy, whether or not the file system takes its room back."""
         block, stored.disk, stored.disk_valid_bytes = stored.disk, None, 0
         if block is not None:
+            self._free_disk(block)
+
+    def _free_disk(self, block: DiskBlock) -> None:
+        try:
             self.disk.free(block)
+        except DeviceError as error:  # it is forgotten all the same
+            self._pager.log_id("-", f"a block stays on disk ({error})")
 
     # making room on the host
 
@@ -160,7 +171,7 @@ class Tiers:
                 freed += freed_bytes
                 if freed >= size_bytes:
                     break
-        except OutOfDisk as full:
+        except (OutOfDisk, DeviceError) as full:
             reason = full
             if not optional:
                 for freed_bytes in self._repeated(SessionState.PAUSED):
@@ -261,11 +272,12 @@ class Tiers:
                     freed = stored.size_bytes
                 else:
                     surplus = written
+                self._pager.lock.notify_all()  # whoever gives it up waits for its readers
         if freed:
             host.free()
             self._pager.log(holding, "disk_write", size_bytes, time.perf_counter() - begun_s)
         if surplus is not None:
-            self.disk.free(surplus)
+            self._free_disk(surplus)
         return freed
 
     def _idle(self, stored: Stored) -> bool:

@@ -50,6 +50,7 @@ class Control:
 
     def __init__(self, first_layer=0, hidden=None, stop_after=None):
         self.first_layer, self.hidden, self.stop_after = first_layer, hidden, stop_after
+        self.stop_before = None if stop_after is None else stop_after + 1
         self.kept = {}
 
     def enter(self, hidden):
@@ -60,9 +61,11 @@ class Control:
 
     def after_layer(self, layer, hidden):
         self.kept[layer] = hidden
-        if layer == self.stop_after:
-            raise boundary.PassStopped
         return hidden
+
+    def stop(self, hidden):
+        assert torch.equal(hidden, self.kept[self.stop_after])
+        raise boundary.PassStopped
 
 
 def build(kind="llama", provider=None):

@@ -14,8 +14,8 @@ import torch
 from djinn_core.device.faults import FaultPlan
 from djinn_core.errors import DjinnError
 from djinn_core.sessions import Session, SessionState, blocks
-from djinn_core.sessions import pager as pager_module
 from djinn_core.sessions import room as room_module
+from djinn_core.sessions import writer as writer_module
 from djinn_core.sessions.behind import Behind
 from tests.sessions.oracle import Oracle, prompt
 from tests.sessions.rigs import LAYERS, MakeRig, Rig
@@ -284,7 +284,7 @@ def held_writer(monkeypatch, module, name: str) -> tuple[threading.Event, thread
 @pytest.mark.parametrize("release", [False, True])
 def test_a_write_back_that_finds_another_pass_begun_is_not_held_up(rig: Rig, monkeypatch, release: bool) -> None:
     """The writer has seen the session paused; before it goes on, its owner is in the next prefill."""
-    at, go = held_writer(monkeypatch, room_module if release else pager_module, "write_back")
+    at, go = held_writer(monkeypatch, room_module if release else writer_module, "write_back")
     session, oracle = rig.open(), Oracle(rig.stock)
     oracle.forward(prompt())
     session.forward(prompt())
