@@ -131,9 +131,10 @@ class Tiers:
             while holding.orphans:
                 block = holding.orphans[-1]
                 if not block.holders:
-                    self.discard(block)
+                    self.discard(block)  # it may wait, and another thread give up the same meanwhile
                     some = True
-                holding.orphans.pop()
+                if block in holding.orphans:
+                    holding.orphans.remove(block)
             if some:
                 self._pager.lock.notify_all()
         return some

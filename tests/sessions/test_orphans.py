@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 import torch
 
@@ -132,3 +135,26 @@ def test_admission_counts_orphans_as_the_sessions_own(make_rig: MakeRig, monkeyp
     assert session._holding.orphans
     rig.open()
     rig.close()
+
+
+def test_two_who_give_up_the_same_while_one_of_them_is_read_lose_none(rig: Rig) -> None:
+    session, _ = gone_on_and_away(rig)
+    pager, holding = rig.sessions.pager, session._holding
+    session.drop(session.checkpoints[0])
+    blank = rig.open()._holding.table
+    with pager.lock:
+        holding.orphans += holding.table.assign(blank.lengths, blank.blocks)
+        read = holding.orphans[-1]
+        read.readers += 1  # on its way to disk
+    givers = [threading.Thread(target=pager.tiers.discard_orphans, args=(holding,)) for _ in range(2)]
+    orphans = list(holding.orphans)
+    for giver in givers:
+        giver.start()
+    time.sleep(0.1)
+    with pager.lock:
+        assert read.host is not None
+        read.readers -= 1
+        pager.lock.notify_all()
+    for giver in givers:
+        giver.join(10)
+    assert len(orphans) == LAYERS and all(block.host is None for block in orphans)
