@@ -18,9 +18,7 @@ include: "workflow/rules/common.smk"
 include: "workflow/rules/certify.smk"
 
 
-EXPERIMENTS = [
-    name for name in ("streaming", "resume", "pressure", "rpc") if has_rules(name)
-]
+EXPERIMENTS = ["streaming", "resume", "pressure"]
 MEASURED = [name for name in EXPERIMENTS if is_measured(name)]
 DRAWN = {
     "streaming": ["fig5", "report"],

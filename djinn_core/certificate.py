@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from djinn_core import certify, machine
 from djinn_core.device import Device
-from djinn_core.errors import PinningRefused
+from djinn_core.errors import ConfigError, DeviceError, PinningRefused
 from djinn_core.memory.hosttier import HostTier
 
 Verdict = Literal["pass", "warn", "fail"]
@@ -238,8 +238,24 @@ def _disk_lines(folder: Path, settings: dict[str, Any]) -> Iterator[Line]:
 
 
 def disk_rates(folder: Path, size_bytes: int) -> tuple[bool, float, float]:
-    """(past the page cache, write GB/s, read GB/s) of one file of `size_bytes`, in blocks of 16 MiB."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """(past the page cache, write GB/s, read GB/s) of one file of `size_bytes`, in blocks of 16 MiB.
+
+    Raises:
+        ConfigError: `folder` is none.
+        DeviceError: the file system fails, or is full.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"the disk cannot be measured at {folder}: no such folder; make it, or name another one")
+    try:
+        return _disk_rates(folder, size_bytes)
+    except OSError as error:
+        raise DeviceError(
+            f"the disk could not be measured with a file of {size_bytes:,} bytes in {folder}: {error}; make room, or "
+            "name another folder"
+        ) from error
+
+
+def _disk_rates(folder: Path, size_bytes: int) -> tuple[bool, float, float]:
     block_bytes = min(DISK_BLOCK_BYTES, size_bytes)
     count = size_bytes // block_bytes
     handle, path = tempfile.mkstemp(dir=folder, prefix=".certify-")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from djinn_core.certificate import disk_rates
 from djinn_core.certify import LinkBench, moved_by
 from djinn_core.device import open_device
+from djinn_core.errors import ConfigError, DeviceError
 
 
 def test_bytes_between_two_marks_are_in_proportion() -> None:
@@ -23,3 +25,19 @@ def test_both_ways_counts_both_and_only_while_both_run() -> None:
             assert bench.bidirectional_gbps(1 << 20) == pytest.approx(0.04, rel=0.15)
     finally:
         device.close()
+
+
+def test_a_folder_that_is_not_there_is_not_made(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="no such folder"):
+        disk_rates(tmp_path / "mistyped", 1 << 20)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_an_error_with_the_folder_and_the_size(tmp_path, monkeypatch) -> None:
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("djinn_core.certificate.os.pwrite", full)
+    with pytest.raises(DeviceError, match=r"1,048,576 bytes in .*No space left"):
+        disk_rates(tmp_path, 1 << 20)
+    assert not list(tmp_path.iterdir())

@@ -29,6 +29,8 @@ def make_inputs(
         SessionStateError: the session would grow past its longest length.
     """
     batch_size, longest, length = holding.layout.batch_size, holding.layout.max_length, min(holding.table.lengths)
+    if not isinstance(ids, torch.Tensor):
+        raise UsageError(f"input_ids are a {type(ids).__name__}; give a tensor of whole numbers, [{batch_size}, T]")
     if ids.ndim != 2 or ids.shape[0] != batch_size or ids.dtype not in (torch.int64, torch.int32):
         raise UsageError(
             f"input_ids are {ids.dtype} of shape {tuple(ids.shape)}; the session takes whole numbers of "
@@ -67,6 +69,8 @@ def edits_by_layer(
         EditError: one does not fit, or could not happen.
         BreakpointError: its layer does not exist.
     """
+    if isinstance(edits, Edit):
+        edits = (edits,)
     if not edits:
         return NO_EDITS
     if not isinstance(edits, Mapping):
@@ -78,7 +82,8 @@ def edits_by_layer(
         check_layer(layer, layout.layers)
         if stop is not None and layer > stop:
             raise EditError(f"an edit after layer {layer} never happens in a pass that stops after layer {stop}")
-    return {layer: check_edits(given, shape, layout.dtype) for layer, given in edits.items()}
+    rows = {layer: (given,) if isinstance(given, Edit) else given for layer, given in edits.items()}
+    return {layer: check_edits(given, shape, layout.dtype) for layer, given in rows.items()}
 
 
 def check_later(layer: int, edits: EditsByLayer) -> None:

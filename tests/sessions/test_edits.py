@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from djinn_core.errors import EditError
+from djinn_core.errors import EditError, UsageError
 from djinn_core.sessions import Ablate, Add, ProjectOut, Replace, Scale, edits
 from tests.sessions.oracle import Oracle, prompt
 from tests.sessions.rigs import Rig
@@ -118,3 +118,18 @@ def test_edits_at_a_stop_are_in_the_checkpoint(rig: Rig) -> None:
     assert [edit.describe() for edit in point.edits] == ["Scale(factor=0.5, positions=None)"]
     plain = rig.open().forward(prompt(), stop_after=2)
     assert torch.equal(point.hidden_states(), plain.hidden_states() * 0.5)
+
+
+def test_one_edit_need_not_be_in_a_list(rig: Rig) -> None:
+    session = rig.open()
+    point = session.forward(prompt(), stop_after=2)
+    wanted = session.resume(point, edits=[Scale(0.5)])
+    assert torch.equal(session.resume(point, edits=Scale(0.5)), wanted)
+    assert torch.equal(session.resume(point, edits={2: Scale(0.5)}), wanted)
+
+
+def test_ids_that_are_no_tensor_are_refused(rig: Rig) -> None:
+    session = rig.open()
+    with pytest.raises(UsageError, match=r"a list; give a tensor of whole numbers, \[1, T\]"):
+        session.forward([[1, 2, 3]])
+    assert session.forward(prompt()) is not None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -146,15 +146,13 @@ def test_two_who_give_up_the_same_while_one_of_them_is_read_lose_none(rig: Rig) 
         holding.orphans += holding.table.assign(blank.lengths, blank.blocks)
         read = holding.orphans[-1]
         read.readers += 1  # on its way to disk
-    givers = [threading.Thread(target=pager.tiers.discard_orphans, args=(holding,)) for _ in range(2)]
     orphans = list(holding.orphans)
-    for giver in givers:
-        giver.start()
-    time.sleep(0.1)
-    with pager.lock:
-        assert read.host is not None
-        read.readers -= 1
-        pager.lock.notify_all()
-    for giver in givers:
-        giver.join(10)
+    with ThreadPoolExecutor(2) as pool:
+        givers = [pool.submit(pager.tiers.discard_orphans, holding) for _ in range(2)]
+        time.sleep(0.1)
+        with pager.lock:
+            assert read.host is not None
+            read.readers -= 1
+            pager.lock.notify_all()
+        assert True in [giver.result(10) for giver in givers]
     assert len(orphans) == LAYERS and all(block.host is None for block in orphans)

@@ -350,3 +350,12 @@ def test_no_ledger_samples_are_no_breakdown(run: Maker):
     run.streaming()
     with pytest.raises(ResultError, match="ledger_bytes"):
         memory_breakdown.breakdown(fig6.read_folder(run.folder / "streaming", ["djinn_resident"])[0])
+
+
+def test_the_breakdown_of_what_was_not_measured_says_why(run: Maker, tmp_path: Path):
+    result = run.result("pressure", "djinn")
+    result.fail("unsupported", "needs 2 bytes of free host memory, have 1")
+    run.write(result)
+    memory_breakdown.write(run.folder / "pressure/djinn.json", tmp_path / "memory_breakdown.md")
+    assert "unsupported, needs 2 bytes" in (tmp_path / "memory_breakdown.md").read_text()
+    assert (tmp_path / "memory_breakdown.csv").read_text() == "part,peak_bytes,median_bytes,max_bytes\n"

@@ -23,7 +23,7 @@ from workflow.lib.results import schema
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "config"
-EXPERIMENTS = ("certify", "streaming", "resume", "pressure", "rpc")
+EXPERIMENTS = ("certify", "streaming", "resume", "pressure")
 # from the largest to the smallest: `auto` takes the first that fits the machine; other presets are taken by name
 PRESETS = ("h200", "h100", "l4", "cpu")
 

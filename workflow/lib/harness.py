@@ -89,7 +89,7 @@ class Experiment:
 def arguments(experiment: str, *, systems: Sequence[str] = (), argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line of an experiment script: --run, --out, --set, and --system where there are several."""
     parser = argparse.ArgumentParser(prog=f"python -m workflow.scripts.{experiment}")
-    parser.add_argument("--run", required=True, help="a preset: cpu, l4, h100, h200")
+    parser.add_argument("--run", required=True, help="a preset: the name of a file in config/presets")
     if systems:
         parser.add_argument("--system", required=True, choices=list(systems))
     parser.add_argument("--out", required=True, type=Path, help="the result file")

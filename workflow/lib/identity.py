@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("djinn_core", "workflow")
 LIBRARIES = (
     "torch", "transformers", "accelerate", "deepspeed", "safetensors", "numpy", "cuda-bindings", "nvidia-ml-py",
-    "nvidia-nvcomp-cu13", "grpcio", "snakemake",
+    "nvidia-nvcomp-cu13", "snakemake",
 )  # fmt: skip
 
 

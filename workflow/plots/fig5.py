@@ -21,7 +21,7 @@ from workflow.plots import style
 from workflow.plots.load import ResultFile, certificate_of, read_folder
 
 METRICS = (
-    ("effective_gbps", "GB/s", "effective link rate (GB/s)", "rate of the link"),
+    ("effective_gbps", "GB/s", "parameters a second (GB/s)", "effective rate"),
     ("pass_s", "s", "time of a pass (s)", "a forward pass"),
     ("ttft_s", "s", "time to first token (s)", "the first token"),
 )

@@ -61,7 +61,13 @@ def latency(file: ResultFile, metric: str, method: str) -> str:
     if found is None:
         return "not measured"
     _, row = found
-    return f"{row['median']:.3g} [{row['ci95_low']:.3g}, {row['ci95_high']:.3g}]"
+    median, low, high = (number(row[name]) for name in ("median", "ci95_low", "ci95_high"))
+    return f"{median} [{low}, {high}]"
+
+
+def number(value: float) -> str:
+    """Three digits, and never an exponent."""
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
 
 
 def sessions(method: str, pressure: dict[str, ResultFile]) -> str:
@@ -70,6 +76,8 @@ def sessions(method: str, pressure: dict[str, ResultFile]) -> str:
     if system not in pressure:
         return NOT_RUN
     result = pressure[system]
+    if result.gpu is None and not system.startswith("djinn"):
+        return "no cap for it on an emulated device"
     values = result.values("sessions_at_cap", {"method": rows})
     if not len(values):
         return NOT_RUN if result.ok else in_words(result.status)

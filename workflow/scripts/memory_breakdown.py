@@ -23,16 +23,16 @@ UNUSED = ("free", "free_bytes")
 
 
 def breakdown(result: ResultFile) -> pd.DataFrame:
-    """One row per part of the ledger: its bytes at the peak, its median and its own maximum.
+    """One row per part of the ledger: its bytes at the peak, its median and its own maximum; none without samples.
 
     Raises:
-        ResultError: the result holds no ledger samples; its status and reason are named.
+        ResultError: the result is ok and holds no ledger samples.
     """
     rows = result.select(METRIC)
+    if rows.empty and result.ok:
+        raise ResultError(f"{result.path} is ok and holds no {METRIC} samples")
     if rows.empty:
-        raise ResultError(
-            f"{result.path} holds no {METRIC} samples (status {result.status}: {result.reason or 'none'})"
-        )
+        return pd.DataFrame(columns=["part", "peak_bytes", "median_bytes", "max_bytes"])
     moment = [name for name in ("variant", "seed", "time_s") if name in rows.columns]
     used = rows[~rows["part"].isin(UNUSED)].groupby(moment, dropna=False)["value"].sum()
     peak = used.idxmax() if isinstance(used.idxmax(), tuple) else (used.idxmax(),)
@@ -53,6 +53,8 @@ def markdown(table: pd.DataFrame, result: ResultFile) -> str:
         "",
         f"{machine_line([result])} · input {digest([result.path])}",
     ]
+    if table.empty:
+        return "\n".join([*lines, "", f"Not measured: {result.status.replace('_', ' ')}, {result.reason}"]) + "\n"
     lines += ["", "| part | at the peak (GB) | share | median (GB) | maximum (GB) |", "| --- |" + " ---: |" * 4]
     for row in table.itertuples():
         share = f"{row.peak_bytes / used:.1%}" if used and row.part not in UNUSED else "–"

@@ -20,7 +20,7 @@ import torch
 import djinn_core as djinn
 from workflow.lib import harness
 from workflow.lib.results import read_result
-from workflow.scripts.pressure_systems import served_run
+from workflow.scripts.pressure_systems import served_run, swaps
 from workflow.scripts.pressure_systems.manual import StockTenant
 from workflow.scripts.pressure_systems.trace import MemoryTrace
 from workflow.scripts.pressure_systems.workload import Tenant, TurnTimes, Workload, reference_tokens, run_turns
@@ -42,6 +42,8 @@ def main() -> None:
     args = harness.arguments("pressure", systems=SYSTEMS)
     if args.system not in ("djinn", "djinn_uncapped"):
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", STOCK_ALLOCATOR)  # read when torch first allocates
+    if args.system == "djinn":
+        swaps.write_log(args.out.parent / swaps.LOG, [("no event: the result says why", ())])  # a run overwrites it
     with harness.experiment(args, experiment="pressure", system=args.system) as exp, torch.inference_mode():
         if args.system in ("djinn", "djinn_uncapped"):
             served_run.run(exp, capped=args.system == "djinn", wanted=wanted_tokens(exp))

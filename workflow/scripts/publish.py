@@ -25,7 +25,7 @@ from workflow.plots.load import CERTIFICATE, NOT_RUN, ResultFile, certificate_of
 from workflow.scripts import claims, memory_breakdown, report
 
 PUBLISHED = Path("results/published")
-EXPERIMENTS = ("streaming", "resume", "pressure", "rpc")
+EXPERIMENTS = ("streaming", "resume", "pressure")
 # what was measured; reports, figures and verdicts are made from the copies
 COPIED = ("*.json", "dmon_*.csv", "*.log")
 FIGURES = {"streaming": (fig5,), "pressure": (fig6,), "resume": (fig7,)}

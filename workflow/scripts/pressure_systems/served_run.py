@@ -65,7 +65,7 @@ def run(exp: harness.Experiment, capped: bool, wanted: list[list[int]]) -> None:
                     run_uncapped(exp, bench, runtime, workload, seed, wanted)
         finally:
             if capped:
-                swaps.write_log(exp.out.parent / "pressure.log", logs)
+                swaps.write_log(exp.out.parent / swaps.LOG, logs)
         if capped:
             uncontended(exp, bench, runtime, workload)
             for hinted in (False, True):

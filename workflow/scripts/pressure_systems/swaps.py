@@ -11,6 +11,7 @@ from djinn_core.sessions.pagerevents import PagerEvent
 from workflow.lib.harness import Experiment
 
 Interval = tuple[float, float]
+LOG = "pressure.log"  # beside the results
 
 
 def record(exp: Experiment, events: Sequence[PagerEvent], origin: Event, dims: dict[str, Any]) -> None:
@@ -62,6 +63,7 @@ def overlap(first: Iterable[Interval], second: Iterable[Interval]) -> tuple[floa
 
 def write_log(path: Path, runs: Iterable[tuple[str, Sequence[PagerEvent]]]) -> None:
     """A line per event for a person to read: seconds since its run began, session, what, bytes, milliseconds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.partial")
     with aside.open("w") as file:
         for title, events in runs:
