@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from djinn_core.device.base import Event
+from djinn_core.errors import DeviceError
 from djinn_core.sessions.blocks import BlockTable, Stored
 from djinn_core.sessions.edits import Edit
 
@@ -44,11 +45,14 @@ class Boundary(Stored):
         return self.device is None
 
     def tensor(self) -> torch.Tensor:
-        """The hidden states on the host: what is still on the device, else the host copy."""
-        if (there := self.device) is not None:
+        """The host copy, as hidden states; waits until it is whole. One that failed comes from the device once more."""
+        try:
+            if self.written is not None:
+                self.written.synchronize()
+        except DeviceError:
+            if (there := self.device) is None:
+                raise
             return there.cpu()
-        if self.written is not None:
-            self.written.synchronize()
         return self.host.tensor[: self.size_bytes].view(self.dtype).view(self.shape)
 
 
