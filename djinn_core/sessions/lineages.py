@@ -117,16 +117,7 @@ class Lineages(Room):
                 kept = [b for b in blocks if holding.last_place(b) and any(table is not own for table in b.holders)]
             if kept:
                 write_back(self, holding, kept)
-            with self.lock:
-                self.lock.wait_for(lambda: not (holding.draining or holding.moving or holding.pins))
-                holding.moving = True
-                there = [block for block in blocks if holding.mapped.get(block.offset) is block]
-            try:
-                self._unmap(holding, there)
-            finally:
-                with self.lock:
-                    holding.moving = False
-                    self.lock.notify_all()
+            self._unmap_alone(holding, blocks)
 
     def fork(self, holding: Holding) -> Holding:
         """Another session with the same past: it shares every block, and has none mapped yet.

@@ -232,16 +232,7 @@ class Pager(Writer):
         if lost is None:
             lost = holding.lost()
         if lost:
-            with self.lock:  # it may be leaving the device just now
-                self.lock.wait_for(lambda: not holding.moving)
-                holding.moving = True
-                lost = [block for block in lost if holding.mapped.get(block.offset) is block]
-            try:
-                self._unmap(holding, lost)
-            finally:
-                with self.lock:
-                    holding.moving = False
-                    self.lock.notify_all()
+            self._unmap_alone(holding, lost)  # it may be leaving the device just now
         with self.lock:
             holding.jobs.clear()
             if holding.state is not SessionState.RESUMING:

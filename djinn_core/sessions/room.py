@@ -164,6 +164,19 @@ class Room:
             self.lock.notify_all()
         return freed
 
+    def _unmap_alone(self, holding: Holding, blocks: Sequence[Block]) -> None:
+        """Unmap those of `blocks` that are mapped here, when nobody else moves, writes back or borrows any."""
+        with self.lock:
+            self.lock.wait_for(lambda: not (holding.draining or holding.moving or holding.pins))
+            holding.moving = True
+            there = [block for block in blocks if holding.mapped.get(block.offset) is block]
+        try:
+            self._unmap(holding, there)
+        finally:
+            with self.lock:
+                holding.moving = False
+                self.lock.notify_all()
+
     def _unmap(self, holding: Holding, blocks: Sequence[Block]) -> int:
         """Unmap here, and give back what is mapped nowhere else. Nobody borrows or copies from here meanwhile."""
         if not blocks:
