@@ -240,7 +240,7 @@ def test_the_command_writes_both_files_and_a_failed_claim_is_no_error(run: Maker
     document = json.loads(out.read_text())
     assert document["counts"][FAIL] > 0
     assert {entry["id"] for entry in document["claims"]} == set(BY_ID)
-    assert "| FAIL |" in text.read_text()
+    assert "| FAIL |" in text.read_text() and "\n- streaming: NVIDIA H200 · " in text.read_text()
     first = out.read_bytes()
     assert claims.main() == 0
     assert out.read_bytes() == first

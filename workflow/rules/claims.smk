@@ -21,6 +21,7 @@ rule claims:
             "workflow/scripts/claims.py",
             "workflow/lib/claims.py",
             "workflow/lib/claimfiles.py",
+            "workflow/plots/style.py",
         ],
     output:
         verdicts=f"results/{RUN}/claims.json",

@@ -20,6 +20,7 @@ from workflow.lib.claimfiles import input_files
 from workflow.lib.claims import OTHER_HARDWARE, VERDICTS, Case, Judged, judge, load_files
 from workflow.lib.results import ResultError, validate, write_json, write_text
 from workflow.plots.load import certificate_of, digest
+from workflow.plots.style import machine_line
 
 CLAIMS = Path("config/claims.yaml")
 SYMBOLS = {"at_least": "≥", "at_most": "≤", "below": "<", "above": ">", "is": "="}
@@ -118,7 +119,20 @@ def table(judged: list[Judged], results_dir: Path) -> str:
         "other hardware, or the system does not run here. NOT-RUN: a result that it needs is not there. Each case of",
         "each claim is in `claims.json`.",
     ]
+    lines += ["", *measured_with(judged, results_dir)]
     return "\n".join(lines) + "\n"
+
+
+def measured_with(judged: list[Judged], results_dir: Path) -> list[str]:
+    """A line for each experiment: the machine and the code behind its verdicts, and a digest of the files."""
+    lines = []
+    for experiment in sorted({item.claim["experiment"] for item in judged}):
+        names = input_files(item.claim for item in judged if item.claim["experiment"] == experiment)
+        files = list(load_files(names, results_dir).values())
+        if files:
+            paths = [file.path for file in files]
+            lines.append(f"- {experiment}: {machine_line(files)} · input {digest(paths)}")
+    return lines
 
 
 def main() -> int:
