@@ -220,6 +220,10 @@ class BlockTable:
             block.holders.discard(self)
         return list(old - new)
 
+    def clear(self) -> list[Block]:
+        """Refer to nothing any more; returns what it has referred to."""
+        return self.assign([0] * self.layout.layers, [[] for _ in range(self.layout.layers)])
+
     def copy(self) -> BlockTable:
         """Another lineage with the same past."""
         twin = BlockTable(self.layout)

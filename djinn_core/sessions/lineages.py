@@ -33,20 +33,12 @@ class Lineages(Room):
             transition(holding.id, holding.state, SessionState.CLOSED, "be closed")
             self.lock.wait_for(lambda: not (holding.draining or holding.moving or holding.pins))
             holding.moving = True
-        try:
+        try:  # whatever fails, it can be closed again
             self._take_all(holding)
-        except BaseException:  # it is as it was, and can be closed again
-            with self.lock:
-                holding.moving = False
-                self.lock.notify_all()
-            raise
-        try:
             for checkpoint in list(holding.checkpoints):
                 self.drop_checkpoint(holding, checkpoint)
             with self.lock:
-                holding.orphans += holding.table.assign(
-                    [0] * holding.layout.layers, [[] for _ in range(holding.layout.layers)]
-                )
+                holding.orphans += holding.table.clear()
             self.tiers.discard_orphans(holding)
             with self.lock:
                 del self.holdings[holding.id]
@@ -146,8 +138,7 @@ class Lineages(Room):
         """Give up what only this checkpoint refers to."""
         with self.lock:
             holding.checkpoints.remove(checkpoint)
-            gone = checkpoint.table.assign([0] * holding.layout.layers, [[] for _ in range(holding.layout.layers)])
-            holding.orphans += gone  # mapped ones belong to a table; these are off the device
+            holding.orphans += checkpoint.table.clear()  # mapped ones belong to a table; these are off the device
             boundary = checkpoint.boundary
             if boundary is not None:
                 boundary.refs -= 1

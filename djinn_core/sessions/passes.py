@@ -27,6 +27,7 @@ class Control:
         enter: given the embeddings, returns what layer `first` receives; None leaves them.
         edits: applied to the hidden states after a layer (counted from 1).
         keep: takes the boundary when the pass stops.
+        layers: of the model; a stop after the last one has no next layer to be taken at.
         behind: copies each layer's KV to the host while the next ones compute.
     """
 

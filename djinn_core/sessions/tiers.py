@@ -163,10 +163,12 @@ class Tiers:
 
     # making room on the host
 
-    def _make_room(self, size_bytes: int, optional: bool) -> OutOfDisk | None:
+    def _make_room(self, size_bytes: int, optional: bool) -> OutOfDisk | DeviceError | None:
         """Free about `size_bytes` of the host, or less; why not when nothing can be freed."""
         freed = 0
-        reason = OutOfDisk("no session is off the device", needed_bytes=size_bytes, free_bytes=self.disk_free_bytes)
+        reason: OutOfDisk | DeviceError = OutOfDisk(
+            "no session is off the device", needed_bytes=size_bytes, free_bytes=self.disk_free_bytes
+        )
         try:
             for freed_bytes in self._sources(optional):
                 freed += freed_bytes

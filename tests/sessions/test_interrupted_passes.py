@@ -12,6 +12,8 @@ from djinn_core.errors import DeviceError, TransferError
 from djinn_core.sessions import SessionState
 from tests.sessions.oracle import Oracle, prompt
 from tests.sessions.rigs import MakeRig, Rig
+from tests.sessions.test_behind import interrupted
+from tests.sessions.test_behind_races import ctrl_c_at_the_end_of_a_pass
 
 UNIT = 64 << 10
 pytestmark = pytest.mark.timeout(30)
@@ -113,27 +115,7 @@ def test_ctrl_c_at_the_end_of_a_resumed_prefill_leaves_a_session_that_can_be_clo
     session.forward(prompt(), stop_after=2)
     session.pause(release=True)
     session.wait_until("released", 10)
-    pager, holding = rig.sessions.pager, session._holding
-    taken, let_go = threading.Event(), threading.Event()
-    record = holding.pass_done.record
-
-    def hold() -> None:
-        with pager.lock:
-            taken.set()
-            let_go.wait(0.5)
-
-    def busy(stream) -> None:
-        record(stream)
-        monkeypatch.undo()
-        threading.Thread(target=hold).start()
-        assert taken.wait(5)
-
-    from tests.sessions.test_behind import interrupted
-
-    monkeypatch.setattr(holding.pass_done, "record", busy)
-    with interrupted(0.25), pytest.raises(KeyboardInterrupt):
-        session.resume()
-    let_go.set()
+    ctrl_c_at_the_end_of_a_pass(rig, session, monkeypatch, session.resume)
     closing = threading.Thread(target=session.close, daemon=True)
     closing.start()
     closing.join(5)
@@ -141,8 +123,6 @@ def test_ctrl_c_at_the_end_of_a_resumed_prefill_leaves_a_session_that_can_be_clo
 
 
 def test_ctrl_c_in_a_resume_that_waits_for_a_prefetch(rig: Rig, monkeypatch) -> None:
-    from tests.sessions.test_behind import interrupted
-
     session = rig.open()
     session.forward(prompt(), stop_after=2)
     wanted = Oracle(rig.stock).forward(prompt())
