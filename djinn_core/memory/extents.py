@@ -1,9 +1,11 @@
 """Physical device memory under one budget: extents are acquired, given back and reused.
 
 Invariant: held + pooled + leaving bytes never exceed the budget (what was held when it shrank apart), and every one of
-them is a live handle of the device. Giving back is O(1) and touches no driver: the memory stays pooled, and a
-background thread destroys what is pooled above `reserve_bytes`. Not taken: destroying at once. A session's extents are
-wanted again soon, and 1.6 GB takes most of a millisecond to release in the hot path.
+them is a live handle of the device, except of what was acquired `lazy` and not backed yet. Giving back is O(1) and
+touches no driver: the memory stays pooled, and a background thread destroys what is pooled above `reserve_bytes`. Not
+taken: destroying at once. A session's extents are wanted again soon, and 1.6 GB takes most of a millisecond to release
+in the hot path. To create them takes as long, and a session that comes back would do it before its first layer: so a
+pass is promised its memory at once, and each layer's is created when it is mapped.
 """
 
 from __future__ import annotations
@@ -24,9 +26,12 @@ NAMED_HOLDERS = 3  # how many of the largest holders an out-of-memory message na
 
 @dataclass(eq=False)
 class Extent:
-    """One piece of physical device memory, charged to (`kind`, `owner`) while it is held."""
+    """One piece of physical device memory, charged to (`kind`, `owner`) while it is held.
 
-    handle: int
+    `handle` is None until it is backed: then the budget has room for it, and nothing lies behind it yet.
+    """
+
+    handle: int | None
     size_bytes: int
     kind: Kind
     owner: str
@@ -89,10 +94,11 @@ class ExtentPool:
         """The size of the extent that `acquire(size_bytes)` gives."""
         return max(1, -(-size_bytes // self._granularity)) * self._granularity
 
-    def acquire(self, size_bytes: int, kind: Kind, owner: str) -> Extent:
+    def acquire(self, size_bytes: int, kind: Kind, owner: str, *, lazy: bool = False) -> Extent:
         """An extent of at least `size_bytes`, its content undefined.
 
-        A pooled one of the same size if there is one, else a new one; pooled ones of other sizes make room for it.
+        A pooled one of the same size if there is one, else a new one; pooled ones of other sizes make room for it. With
+        `lazy` a new one is within the budget, and not created before it is asked for by `back`.
 
         Raises:
             OutOfDeviceMemory: the budget, or the device, is full; nothing changed. Give extents back and retry.
@@ -101,15 +107,27 @@ class ExtentPool:
         with self._changed:
             if self._closed:
                 raise UsageError("the extent pool is closed")
-            handles = self._pooled.get(size_bytes)
-            if handles:
-                handle = handles.pop()
-                self._pooled_bytes -= size_bytes
-            else:
+            handle = self._take_pooled_of(size_bytes)
+            while handle is None:
+                self._fit(size_bytes)
+                if lazy:
+                    break
                 handle = self._create(size_bytes)
             self._held[kind, owner] += size_bytes
             self._held_bytes += size_bytes
         return Extent(handle, size_bytes, kind, owner)
+
+    def back(self, extent: Extent) -> None:
+        """See to it that there is memory behind a held extent.
+
+        Raises:
+            OutOfDeviceMemory: the device is full, by others than this pool; the extent is as it was.
+        """
+        with self._changed:
+            while extent.handle is None:
+                extent.handle = self._take_pooled_of(extent.size_bytes)
+                if extent.handle is None:
+                    extent.handle = self._create(extent.size_bytes)
 
     def give_back(self, extent: Extent) -> None:
         """Take an extent back. It must be mapped nowhere, and no queued work may touch it."""
@@ -122,6 +140,8 @@ class ExtentPool:
             if not self._held[key]:
                 del self._held[key]
             self._held_bytes -= extent.size_bytes
+            if extent.handle is None:
+                return
             self._pooled[extent.size_bytes].append(extent.handle)
             self._pooled_bytes += extent.size_bytes
             if self._pooled_bytes > self._reserve_bytes and not self._trim_due:
@@ -162,8 +182,8 @@ class ExtentPool:
             trimmer.join()
         self.trim()
 
-    def _create(self, size_bytes: int) -> int:
-        """A new handle, after making room for it. The lock is held."""
+    def _fit(self, size_bytes: int) -> None:
+        """Make room for it within the budget. The lock is held, but not while it waits."""
         while True:
             if size_bytes > self.free_bytes:
                 raise OutOfDeviceMemory(
@@ -171,19 +191,31 @@ class ExtentPool:
                     needed_bytes=size_bytes,
                     free_bytes=max(0, self.free_bytes),
                 )
-            if self._held_bytes + self.pooled_bytes + size_bytes > self._budget_bytes:
-                self._make_room()
-                continue
-            try:
-                return self._device.create(size_bytes)
-            except OutOfDeviceMemory as error:
-                if not self._make_room():
-                    raise OutOfDeviceMemory(
-                        f"the device has no more memory within the budget of {self._budget_bytes:,} bytes; others use "
-                        f"it ({self._device.used_bytes():,} bytes in use in all), here: {self._holders()}",
-                        needed_bytes=size_bytes,
-                        free_bytes=error.free_bytes,
-                    ) from error
+            if self._held_bytes + self.pooled_bytes + size_bytes <= self._budget_bytes:
+                return
+            self._make_room()
+
+    def _create(self, size_bytes: int) -> int | None:
+        """A new handle; None when the device was full and room has been made: then look again. The lock is held."""
+        try:
+            return self._device.create(size_bytes)
+        except OutOfDeviceMemory as error:
+            if self._make_room():
+                return None
+            raise OutOfDeviceMemory(
+                f"the device has no more memory within the budget of {self._budget_bytes:,} bytes; others use it "
+                f"({self._device.used_bytes():,} bytes in use in all), here: {self._holders()}",
+                needed_bytes=size_bytes,
+                free_bytes=error.free_bytes,
+            ) from error
+
+    def _take_pooled_of(self, size_bytes: int) -> int | None:
+        """A pooled handle of this very size, if there is one. The lock is held."""
+        handles = self._pooled.get(size_bytes)
+        if not handles:
+            return None
+        self._pooled_bytes -= size_bytes
+        return handles.pop()
 
     def _make_room(self) -> bool:
         """Destroy one pooled extent, or wait for one that the trimmer destroys; False if there is none.

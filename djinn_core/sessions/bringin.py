@@ -2,12 +2,11 @@
 
 A plan names, for each layer in the order in which the pass will want them, the blocks to map: new ones for the tokens
 to come, ones that come back from the host, ones that a fork shares, and copies of shared tails (copy on write). All
-extents are acquired before the first map, so running out leaves everything as it was. Then each layer is mapped with
-one grant, its copies are issued in pieces of at most 8 MiB, and an event is recorded behind them: the pass goes on as
-soon as its next layer is issued, and the compute stream waits for that layer's event alone. While the link is busy the
-next layers are mapped already, since under load a map and its grant take as long as a layer's copies. Where there is
-nothing to copy, as in a prefill, the pass maps each layer itself as it comes to it: the device would wait for all maps
-in a row.
+extents are acquired before the first map, so running out leaves everything as it was. Then each layer's are backed and
+mapped with one grant, its copies are issued in pieces of at most 8 MiB, and an event is recorded behind them: the pass
+goes on as soon as its next layer is issued, and the compute stream waits for that layer's event alone. While the link
+is busy the next layers are mapped already: under load that takes as long as a layer's copies. Where there is nothing to
+copy, as in a prefill, the pass maps each layer as it comes to it: the device would wait for all maps in a row.
 
 Invariant: a layer is committed (tables, places) only when its maps and copies were accepted, so a failure between two
 layers leaves a session whose next try does the rest.
@@ -86,6 +85,7 @@ class BringIn:
         self.wanted_s = time.perf_counter()
         self.begun_s = self.ended_s = 0.0
         self._expected_s = holding.expected_resume_s or time.monotonic()
+        self._limit_s = holding.expected_resume_s if prefetch else None  # only who is expected later leaves for it
         self._steps: dict[int, list[Step]] = {}
         self._last: Event | None = None  # behind the last copies
         self._left = deque(order)
@@ -150,8 +150,7 @@ class BringIn:
     def begin(self) -> None:
         """Hold all that it needs, on the calling thread. Raises what went wrong, after undoing it.
 
-        Where nothing but new blocks is wanted, each layer is mapped when the pass comes to it, so that the device
-        computes meanwhile; the pass ends with `end`. All else is done on return.
+        Where only new blocks are wanted, the pass maps each layer as it comes to it, and ends with `end`.
         """
         try:
             self.prepare(wait=True)
@@ -384,13 +383,10 @@ class BringIn:
         return True
 
     def _acquire(self, wait: bool) -> bool:
+        pager, holding = self._pager, self.holding
         fresh = [step for step in self._flat() if step.source or step.block.device is None]
         sizes = [step.block.size_bytes for step in fresh]
-        if wait:
-            limit_s = self.holding.expected_resume_s if self.prefetch else None
-            extents = self._pager.acquire(self.holding, sizes, limit_s)
-        else:
-            extents = self._pager.take_free(self.holding.id, sizes)
+        extents = pager.acquire(holding, sizes, self._limit_s) if wait else pager.take_free(holding.id, sizes)
         if extents is None:
             return False
         for step, extent in zip(fresh, extents, strict=True):
@@ -401,6 +397,7 @@ class BringIn:
 
     def _map(self, row: list[Step]) -> None:
         if row:
+            self._pager.back(self.holding, [step.extent for step in row if step.extent], self._limit_s)
             self.holding.region.map([(step.block.offset, step.extent or step.block.device) for step in row])
 
     def _issue_layer(self, layer: int, row: list[Step], stream: Stream) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from djinn_core.device.base import Device, Event
@@ -246,14 +246,14 @@ class Room:
                     raise full
 
     def take_free(self, owner: str, sizes: Sequence[int]) -> list[Extent] | None:
-        """Extents of all `sizes` out of what is free now, or None and nothing taken."""
+        """Extents of all `sizes` out of what is free now, not backed yet, or None and nothing taken."""
         with self._taking:
             if sum(sizes) > self.pool.free_bytes:
                 return None
             got: list[Extent] = []
             try:
                 for size_bytes in sizes:
-                    got.append(self.pool.acquire(size_bytes, Kind.KV, owner))
+                    got.append(self.pool.acquire(size_bytes, Kind.KV, owner, lazy=True))
             except BaseException as error:
                 for extent in got:
                     self.pool.give_back(extent)
@@ -263,7 +263,7 @@ class Room:
         return got
 
     def acquire(self, holding: Holding, sizes: Sequence[int], limit_s: float | None = None) -> list[Extent]:
-        """Extents of all `sizes`, or none. Paused sessions make room; with `limit_s` only ones expected later.
+        """Extents of all `sizes`, or none, not backed yet. Paused sessions make room; with `limit_s` only later ones.
 
         Raises:
             OutOfDeviceMemory: what is left belongs to running sessions; nothing changed for them.
@@ -285,6 +285,21 @@ class Room:
                         needed_bytes=needed_bytes,
                         free_bytes=max(0, self.pool.free_bytes),
                     )
+
+    def back(self, holding: Holding, extents: Iterable[Extent], limit_s: float | None = None) -> None:
+        """See to it that there is memory behind `extents`. Where others fill the device, paused sessions leave for it.
+
+        Raises:
+            OutOfDeviceMemory: no paused session can; what is backed stays so.
+        """
+        for extent in extents:
+            while extent.handle is None:
+                try:
+                    self.pool.back(extent)
+                except OutOfDeviceMemory:
+                    with self._acquiring:
+                        if not self._make_room(self.pool.free_bytes + extent.size_bytes, holding, limit_s):
+                            raise
 
     def resize(self, budget_bytes: int) -> None:
         """Another budget for the pool. Where sessions hold more than a smaller one, paused ones leave.

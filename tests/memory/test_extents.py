@@ -146,6 +146,56 @@ def test_threads_never_pass_the_budget(cpu_device):
     assert cpu_device.used_bytes() == 0
 
 
+def test_what_is_acquired_lazily_is_promised_and_created_when_it_is_backed(device, make_pool):
+    unit = device.granularity_bytes
+    pool = make_pool(4)
+    before = device.used_bytes()
+    extents = [pool.acquire(2 * unit, Kind.KV, "a", lazy=True) for _ in range(2)]
+    assert (pool.held_bytes, device.used_bytes() - before) == (4 * unit, 0)
+    with pytest.raises(OutOfDeviceMemory, match="budget"):
+        pool.acquire(unit, Kind.KV, "b", lazy=True)
+    for _ in range(2):
+        pool.back(extents[0])
+    if not device.is_gpu:
+        assert device.used_bytes() - before == 2 * unit
+    for extent in extents:
+        pool.give_back(extent)
+    assert (pool.held_bytes, pool.free_bytes) == (0, 4 * unit)
+    assert pool.pooled_bytes <= 2 * unit  # of the one that was backed
+    with pytest.raises(UsageError, match="given back before"):
+        pool.give_back(extents[1])
+
+
+def test_a_pooled_extent_is_taken_when_it_is_acquired_and_when_it_is_backed(cpu_device):
+    pool = ExtentPool(cpu_device, 4 * UNIT, reserve_bytes=4 * UNIT)
+    first, second = pool.acquire(UNIT, Kind.KV, "a"), pool.acquire(UNIT, Kind.KV, "a", lazy=True)
+    handle = first.handle
+    pool.give_back(first)
+    third = pool.acquire(UNIT, Kind.KV, "a", lazy=True)
+    assert (second.handle, third.handle) == (None, handle)
+    pool.give_back(third)
+    pool.back(second)
+    assert (second.handle, pool.pooled_bytes) == (handle, 0)
+    pool.give_back(second)
+    pool.close()
+
+
+def test_a_device_that_others_fill_refuses_to_back_and_the_extent_stays_promised():
+    device = open_device("cpu", capacity_bytes=4 * UNIT)
+    pool = ExtentPool(device, 4 * UNIT)
+    extent = pool.acquire(2 * UNIT, Kind.KV, "a", lazy=True)
+    others = device.create(3 * UNIT)
+    with pytest.raises(OutOfDeviceMemory, match="others use it"):
+        pool.back(extent)
+    assert (extent.handle, extent.held, pool.held_bytes) == (None, True, 2 * UNIT)
+    device.destroy(others)
+    pool.back(extent)
+    assert device.used_bytes() == 2 * UNIT
+    pool.give_back(extent)
+    pool.close()
+    device.close()
+
+
 class PoolMachine(RuleBasedStateMachine):
     """Random acquires, returns and trims against a model of who holds what."""
 
@@ -157,13 +207,25 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = ExtentPool(self.device, 24 * UNIT, reserve_bytes=6 * UNIT)
         self.held = {}
 
-    @rule(target=extents, granules=st.integers(1, 6), kind=st.sampled_from(Kind), owner=st.sampled_from("abc"))
+    @rule(
+        target=extents,
+        granules=st.integers(1, 6),
+        kind=st.sampled_from(Kind),
+        owner=st.sampled_from("abc"),
+        lazy=st.booleans(),
+    )
     @precondition(lambda self: sum(self.held.values()) <= 18 * UNIT)
-    def acquire(self, granules, kind, owner):
-        extent = self.pool.acquire(granules * UNIT - 5, kind, owner)
-        assert extent.handle not in {held.handle for held in self.held}
+    def acquire(self, granules, kind, owner, lazy):
+        extent = self.pool.acquire(granules * UNIT - 5, kind, owner, lazy=lazy)
+        assert lazy or extent.handle is not None
         self.held[extent] = granules * UNIT
         return extent
+
+    @rule(extent=extents)
+    def back(self, extent):
+        if extent in self.held:
+            self.pool.back(extent)
+            assert extent.handle is not None
 
     @rule()
     def acquire_too_much(self):
@@ -185,7 +247,11 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def accounts_agree(self):
         assert self.pool.held_bytes == sum(self.held.values())
-        assert self.pool.held_bytes <= self.device.used_bytes() <= self.pool.budget_bytes
+        handles = [extent.handle for extent in self.held if extent.handle is not None]
+        assert len(set(handles)) == len(handles)
+        backed = sum(size for extent, size in self.held.items() if extent.handle is not None)
+        promised = self.pool.held_bytes - backed
+        assert backed <= self.device.used_bytes() <= self.pool.budget_bytes - promised
         memory = Ledger(self.pool, context_bytes=7, activation_bytes=3).snapshot()
         total = memory.resident_weights_bytes + memory.ring_bytes + memory.staging_bytes + memory.kv_bytes
         assert total == self.pool.held_bytes

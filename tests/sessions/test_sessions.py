@@ -320,6 +320,51 @@ def test_pressure_evicts_paused_sessions_and_never_running_ones(make_rig: MakeRi
             session.pause()
 
 
+def fill(device, leave_bytes: int) -> list[int]:
+    """What another tenant would take of the device, in units: all but `leave_bytes`."""
+    unit = device.granularity_bytes
+    return [device.create(unit) for _ in range((device.capacity_bytes - device.used_bytes() - leave_bytes) // unit)]
+
+
+def test_a_paused_session_leaves_when_others_fill_the_device_within_the_budget(make_rig: MakeRig) -> None:
+    rig = make_rig(device_bytes=8 << 20)
+    first, second = rig.open(), rig.open()
+    first.forward(prompt(), stop_after=2)
+    first.pause()
+    others = fill(rig.device, 2 * rig.device.granularity_bytes)
+    wanted = Oracle(rig.stock).forward(prompt(seed=1))
+    assert torch.equal(second.forward(prompt(seed=1)), wanted)
+    assert first.state is SessionState.SWAPPED
+    second.pause()
+    assert torch.equal(first.resume(), Oracle(rig.stock).forward(prompt()))
+    for handle in others:
+        rig.device.destroy(handle)
+
+
+@pytest.mark.parametrize("doing", ["forward", "resume"])
+def test_a_device_that_others_fill_in_the_middle_of_a_pass_leaves_the_session_whole(make_rig: MakeRig, doing) -> None:
+    rig = make_rig(device_bytes=8 << 20)
+    session = rig.open()
+    wanted = Oracle(rig.stock).forward(prompt())
+    if doing == "resume":
+        session.forward(prompt(), stop_after=1)
+        session.pause(release=True)
+        session.wait_until("released", 10)
+        rig.pool.trim()
+    others = fill(rig.device, 2 * rig.device.granularity_bytes)
+    before = rig.executed
+    with pytest.raises(OutOfDeviceMemory, match="others use it"):
+        getattr(session, doing)(*(() if doing == "resume" else (prompt(),)))
+    assert sum(rig.executed) > sum(before), "it ran out behind the first layer"
+    for handle in others:
+        rig.device.destroy(handle)
+    if doing == "resume":
+        assert torch.equal(session.resume(), wanted)
+    else:
+        assert session.length == 0
+        assert torch.equal(session.forward(prompt()), wanted)
+
+
 def test_breakpoints_in_generation(rig: Rig) -> None:
     oracle = Oracle(rig.stock)
     first = oracle.forward(prompt())
