@@ -1,15 +1,17 @@
-"""Bringing blocks in: what a pass needs is planned at once, and mapped and copied layer by layer, each step a layer.
+"""Bringing blocks in: what a pass needs is planned at once, and mapped and copied in steps of a few layers.
 
 A plan names, for each layer in the order in which the pass will want them, the blocks to map: new ones for the tokens
 to come, ones that come back from the host, ones that a fork shares, and copies of shared tails (copy on write). All
-extents are acquired before the first map, so running out leaves everything as it was. Then each layer's are backed and
-mapped with one grant, its copies are issued in pieces of at most 8 MiB, and an event is recorded behind them: the pass
-goes on as soon as its next layer is issued, and the compute stream waits for that layer's event alone. While the link
-is busy the next layers are mapped already: under load that takes as long as a layer's copies. Where there is nothing to
-copy, as in a prefill, the pass maps each layer as it comes to it: the device would wait for all maps in a row.
+extents are acquired before the first map, so running out leaves everything as it was. Then each step's are backed and
+mapped with one grant, its copies are issued in one call, in pieces of at most 8 MiB, and an event is recorded behind
+them: the pass goes on as soon as its next layer is issued, and the compute stream waits for that step's event alone.
+While the link is busy the next step is mapped already. A resume's first step is its first layer; later ones are as
+large as `STEP_BYTES`, since each call gives up Python's interpreter, and under load the grant takes most of a
+millisecond, beside the thread that issues the pass. Where there is nothing to copy, as in a prefill, the pass maps each
+layer as it comes to it: the device would wait for all maps in a row.
 
-Invariant: a layer is committed (tables, places) only when its maps and copies were accepted, so a failure between two
-layers leaves a session whose next try does the rest.
+Invariant: a step is committed (tables, places) only when its maps and copies were accepted, so a failure between two
+steps leaves a session whose next try does the rest.
 
 Not taken: mapping inside the cache's `update`, on first touch. It would put a driver call and a possible eviction into
 the middle of a layer.
@@ -22,32 +24,22 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import torch
 
 from djinn_core.device.base import Direction, Event, Stream
 from djinn_core.errors import DeviceError, DjinnError
-from djinn_core.memory.extents import Extent
 from djinn_core.sessions.blocks import Block
 from djinn_core.sessions.holding import Holding
+from djinn_core.sessions.wants import Want, Wants
 from djinn_core.sessions.workers import told
 
 if TYPE_CHECKING:
     from djinn_core.sessions.pager import Pager
 
 PIECE_BYTES = 8 << 20  # so that another session's boundary need not wait long behind it
-AHEAD_LAYERS = 4  # mapped before the link has room for their copies
-
-
-@dataclass
-class Step:
-    """One block to map. `source` is the shared block that it is a copy of, if any."""
-
-    block: Block
-    source: Block | None = None
-    extent: Extent | None = None
-    lender: Holding | None = None  # where a shared extent, or the source of a copy, is mapped now
-    reading: bool = False  # the source is read from the host, which keeps it meanwhile
+STEP_BYTES = 128 << 20  # three layers of a long session: 2.4 ms of a fast link
 
 
 class BringIn:
@@ -55,7 +47,7 @@ class BringIn:
 
     Attributes:
         issued: for each layer 1 once the pass may go on to it.
-        arrival: for each layer the timing event behind its copies, None when there is nothing to wait for.
+        arrival: for each layer the timing event behind its step's copies, None when there is nothing to wait for.
         begun, restored: timing events around the copies.
         bytes: copied so far.
         cancelled: nothing more is wanted of it; it ends before its next layer.
@@ -70,7 +62,7 @@ class BringIn:
         self._pager = pager
         self.holding = holding
         self.order = order
-        self.reach = reach  # tokens that each layer must be able to hold; more than it holds: it is appended to
+        self._wants = Wants(holding, order, reach)
         self.prefetch = prefetch
         self.issued = bytearray(b"\1" * holding.layout.layers)
         for layer in order:
@@ -86,10 +78,10 @@ class BringIn:
         self.begun_s = self.ended_s = 0.0
         self._expected_s = holding.expected_resume_s or time.monotonic()
         self._limit_s = holding.expected_resume_s if prefetch else None  # only who is expected later leaves for it
-        self._steps: dict[int, list[Step]] = {}
+        self._rows: dict[int, list[Want]] = {}
         self._last: Event | None = None  # behind the last copies
         self._left = deque(order)
-        self._ahead: deque[int] = deque()  # the first of what is left, mapped already
+        self._ahead: list[int] = []  # the next step, mapped already
 
     @property
     def urgency(self) -> tuple[int, float]:
@@ -154,7 +146,7 @@ class BringIn:
         """
         try:
             self.prepare(wait=True)
-            self.by_pass = all(step.source is None and not step.block.holders for step in self._flat())
+            self.by_pass = all(want.source is None and not want.block.holders for want in self._flat())
             while not self.by_pass and self._left and not self.cancelled:
                 self.step()
         except BaseException as error:  # noqa: BLE001 - it is raised again, as an error of this session
@@ -172,15 +164,10 @@ class BringIn:
         The pass waits for each layer as it comes to it, and not until the last one has been issued. False, and nothing
         claimed, when it needs blocks of its own.
         """
-        table, layout = self.holding.table, self.holding.layout
         with self._pager.lock:
-            for layer in self.order:
-                row, length, count = table.blocks[layer], table.lengths[layer], layout.count(self.reach[layer])
-                tails = [block for index, block in enumerate(row[:count]) if self._is_tail(index, length)]
-                brought = layout.count(length)  # what a pass that failed had appended stays in the row, and is not
-                if count > brought or (self.reach[layer] > length and any(map(self._others_past, tails))):
-                    return False
-            self._claim_tails()
+            if not self._wants.brought():
+                return False
+            self._wants.claim_tails()
         return True
 
     def _failed(self, error: BaseException) -> BaseException:
@@ -212,34 +199,42 @@ class BringIn:
         return ready
 
     def map_ahead(self) -> bool:
-        """Map the next layer that is not mapped yet; False when enough are."""
-        if self.cancelled or len(self._ahead) >= min(AHEAD_LAYERS, len(self._left)):
+        """Map the next step; False when it is mapped, or there is none."""
+        if self.cancelled or self._ahead or not self._left:
             return False
-        layer = self._left[len(self._ahead)]
-        self._map(self._steps[layer])
-        self._ahead.append(layer)
+        self._map(self._next())
         return True
 
+    def _next(self) -> list[int]:
+        """The layers of the next step."""
+        layers: list[int] = []
+        size_bytes = 0
+        for layer in self._left:
+            size_bytes += sum(want.block.size_bytes for want in self._rows[layer])
+            if layers and (size_bytes > STEP_BYTES or self.by_pass or self.begins):
+                break
+            layers.append(layer)
+        return layers
+
     def step(self) -> tuple[Event | None, int]:
-        """Copy the next layer, mapped first if it is not yet; the event behind its copies, and their bytes.
+        """Copy the next layers, mapped first if they are not yet; the event behind their copies, and their bytes.
 
         The first layer of a resume does not queue behind what others have in flight: it has a stream of its own.
         """
         stream, before = self._pager.h2d_first if self.begins else self._pager.h2d, self.bytes
-        layer = self._left[0]
-        row = self._steps[layer]
-        if self._ahead:
-            self._ahead.popleft()
-        else:
-            self._map(row)
-        if row:
-            self._issue_layer(layer, row, stream)
-            self._steps[layer] = []
-        self._left.popleft()
+        if not self._ahead:
+            self._map(self._next())
+        layers = self._ahead
+        arrival = self._issue(layers, stream)
+        for layer in layers:
+            self._rows[layer] = []
+            self._left.popleft()
+        self._ahead = []
         with self.changed:
-            self.issued[layer] = 1
+            for layer in layers:
+                self.issued[layer] = 1
             self.changed.notify_all()
-        return self.arrival[layer], self.bytes - before
+        return arrival, self.bytes - before
 
     @property
     def begins(self) -> bool:
@@ -287,178 +282,150 @@ class BringIn:
         lock = self._pager.lock
         with lock:
             while True:
-                steps = {layer: self._plan_layer(layer) for layer in self._left}
-                flat = [step for row in steps.values() for step in row]
-                if not any(self._in_motion(step.source or step.block) for step in flat):
+                rows = {layer: self._wants.of(layer) for layer in self._left}
+                flat = [want for row in rows.values() for want in row]
+                if not any(self._wants.in_motion(want.source or want.block) for want in flat):
                     break
                 if not wait:
                     return False
                 lock.wait()
-            self._steps = steps
-            self.holding.displacing = any(self._here(step) for step in flat)  # two could wait for each other to lend
-            for step in flat:
-                step.block.loading = True
-                wanted = step.source or step.block
+            self._rows = rows
+            # two could wait for each other to lend
+            self.holding.displacing = any(self._wants.replaces(want) for want in flat)
+            for want in flat:
+                want.block.loading = True
+                wanted = want.source or want.block
                 if wanted.places - {self.holding}:
-                    step.lender = next(iter(wanted.places - {self.holding}))
-                    step.lender.pins += 1
-                elif step.source is not None:
-                    step.source.readers += 1
-                    step.reading = True
-            self._claim_tails()
+                    want.lender = next(iter(wanted.places - {self.holding}))
+                    want.lender.pins += 1
+                elif want.source is not None:
+                    want.source.readers += 1
+                    want.reading = True
+            self._wants.claim_tails()
         return True
-
-    def _here(self, step: Step) -> bool:
-        """Its source is mapped here, and has to go before it is copied."""
-        return step.source is not None and self.holding.mapped.get(step.source.offset) is step.source
-
-    def _in_motion(self, block: Block) -> bool:
-        """Another session is loading it, or taking it off the device."""
-        others = block.places - {self.holding}
-        return block.loading or any(p.moving for p in block.places) or any(p.displacing for p in others)
-
-    def _plan_layer(self, layer: int) -> list[Step]:
-        holding, layout = self.holding, self.holding.layout
-        row, length, reach = holding.table.blocks[layer], holding.table.lengths[layer], self.reach[layer]
-        steps = []
-        for index in range(layout.count(reach)):
-            if index >= len(row):
-                steps.append(Step(Block(layout, layer, index)))
-            elif reach > length and self._is_tail(index, length) and self._others_past(row[index]):
-                steps.append(Step(Block(layout, layer, index), source=row[index]))
-            elif holding.mapped.get(row[index].offset) is not row[index]:
-                steps.append(Step(row[index]))
-        return steps
-
-    def _is_tail(self, index: int, length: int) -> bool:
-        """Appending to a layer of `length` tokens writes into this block."""
-        layout = self.holding.layout
-        return layout.end_bytes(index, length) < layout.size_of(index)
-
-    def _others_past(self, block: Block) -> bool:
-        """Someone else has, or is about to have, more in this block than this session: it must not be written."""
-        mine = self.holding.table.end_bytes(block)
-        return any(t.reach_bytes(block) > mine for t in block.holders if t is not self.holding.table)
-
-    def _claim_tails(self) -> None:
-        """From here on this session is the one that appends to its own tails."""
-        table = self.holding.table
-        for layer in self.order:
-            length = table.lengths[layer]
-            if self.reach[layer] <= length:
-                continue
-            table.claimed = max(table.claimed, self.reach[layer])
-            for index, block in enumerate(table.blocks[layer]):
-                if self._is_tail(index, length) and not self._others_past(block):
-                    block.forget_past(table.end_bytes(block))
-                    for other in block.holders:
-                        if other is not table:
-                            other.writable_until = 0
 
     # sources and extents
 
-    def _flat(self) -> list[Step]:
-        return [step for row in self._steps.values() for step in row]
+    def _flat(self) -> list[Want]:
+        return [want for row in self._rows.values() for want in row]
 
     def _slow(self) -> bool:
         """Something has to be read from disk, or displaced, before the first copy."""
-        for step in self._flat():
-            wanted = step.source or step.block
-            if step.lender is None and wanted.host_valid_bytes < wanted.disk_valid_bytes:
+        for want in self._flat():
+            wanted = want.source or want.block
+            if want.lender is None and wanted.host_valid_bytes < wanted.disk_valid_bytes:
                 return True
-            if step.source is not None and self.holding in step.source.places:
+            if want.source is not None and self.holding in want.source.places:
                 return True
         return False
 
     def _prepare_sources(self) -> bool:
         """Everything that will be read is on the device of a lender, or whole on the host."""
         pager, holding = self._pager, self.holding
-        here = [step.source for step in self._flat() if self._here(step)]
+        here = [want.source for want in self._flat() if self._wants.replaces(want)]
         if here:
             pager.displace(holding, here)
-        for step in self._flat():
-            wanted = step.source or step.block
-            if step.lender is None and wanted.device is None and wanted.disk is not None:
+        for want in self._flat():
+            wanted = want.source or want.block
+            if want.lender is None and wanted.device is None and wanted.disk is not None:
                 pager.tiers.fetch(wanted, holding.id)
         return True
 
     def _acquire(self, wait: bool) -> bool:
         pager, holding = self._pager, self.holding
-        fresh = [step for step in self._flat() if step.source or step.block.device is None]
-        sizes = [step.block.size_bytes for step in fresh]
+        fresh = [want for want in self._flat() if want.source or want.block.device is None]
+        sizes = [want.block.size_bytes for want in fresh]
         extents = pager.acquire(holding, sizes, self._limit_s) if wait else pager.take_free(holding.id, sizes)
         if extents is None:
             return False
-        for step, extent in zip(fresh, extents, strict=True):
-            step.extent = extent
+        for want, extent in zip(fresh, extents, strict=True):
+            want.extent = extent
         return True
 
     # maps and copies
 
-    def _map(self, row: list[Step]) -> None:
+    def _map(self, layers: list[int]) -> None:
+        row = [want for layer in layers for want in self._rows[layer]]
         if row:
-            self._pager.back(self.holding, [step.extent for step in row if step.extent], self._limit_s)
-            self.holding.region.map([(step.block.offset, step.extent or step.block.device) for step in row])
+            self._pager.back(self.holding, [want.extent for want in row if want.extent], self._limit_s)
+            self.holding.region.map([(want.block.offset, want.extent or want.block.device) for want in row])
+        self._ahead = layers
 
-    def _issue_layer(self, layer: int, row: list[Step], stream: Stream) -> None:
-        """Fill one layer's mapped blocks, then commit them; they are unmapped when that fails."""
-        pager, holding, region = self._pager, self.holding, self.holding.region
+    def _issue(self, layers: Sequence[int], stream: Stream) -> Event | None:
+        """Fill the mapped blocks of `layers`, then commit them. What is not committed is unmapped by `_release`."""
+        pager, holding = self._pager, self.holding
+        row = [want for layer in layers for want in self._rows[layer]]
+        if not row:
+            return None
         arrival = None
         if not any(self.arrival):
             self.begun.record(stream)
         try:
-            copied = sum([self._fill(step, stream) for step in row])
-            shared = [step for step in row if step.extent is None and step.block.ready is not None]
-            for step in shared:
-                stream.wait_event(step.block.ready)
-            if copied or shared or any(step.lender for step in row):
+            copied = self._fill(row, stream)
+            shared = [want for want in row if want.extent is None and want.block.ready is not None]
+            for want in shared:
+                stream.wait_event(want.block.ready)
+            if copied or shared or any(want.lender for want in row):
                 arrival = pager.device.event(timing=True)
                 arrival.record(stream)
-            if arrival is not None and any(step.source for step in row):
+            if arrival is not None and any(want.source for want in row):
                 arrival.synchronize()  # the copy takes its source's place, so it must be whole
         except BaseException:
             with contextlib.suppress(DeviceError):  # a failure of what was issued is the one being handled
                 stream.synchronize()
-            region.unmap([step.block.offset for step in row])
             raise
         if arrival is not None:
-            self.arrival[layer] = holding.arrival[layer] = self._last = arrival
+            self._last = arrival
+            for layer in layers:
+                self.arrival[layer] = holding.arrival[layer] = arrival
         with pager.lock:
-            replaced = [block for step in row if (block := self._commit(step, arrival)) is not None]
+            replaced = [block for want in row if (block := self._commit(want, arrival)) is not None]
             pager.lock.notify_all()
             for block in replaced:
                 if not block.holders:
                     pager.tiers.discard(block)
         self.bytes += copied
+        return arrival
 
-    def _fill(self, step: Step, stream: Stream) -> int:
-        """Issue the copies into one mapped block; returns the bytes that come over the link."""
-        block, source, device = step.block, step.source, self._pager.device
-        target = self.holding.region.tensor[block.offset : block.offset + block.size_bytes]
-        if step.lender is not None:
-            stream.wait_event(step.lender.pass_done)
-            if source is not None:
-                if source.ready is not None:
-                    stream.wait_event(source.ready)
-                size_bytes = self.holding.table.end_bytes(source)
-                there = step.lender.region.tensor[source.offset : source.offset + size_bytes]
-                if size_bytes:
-                    device.copy(target[:size_bytes], there, stream, Direction.D2D)
-            return 0
-        stored = source or block
-        size_bytes = self.holding.table.end_bytes(source) if source else block.host_valid_bytes
-        if size_bytes:
-            there = stored.host.tensor
-            spans = [(at, min(at + PIECE_BYTES, size_bytes)) for at in range(0, size_bytes, PIECE_BYTES)]
-            device.copy_all([(target[at:end], there[at:end]) for at, end in spans], stream, Direction.H2D)
-        return size_bytes
+    def _fill(self, row: list[Want], stream: Stream) -> int:
+        """Issue the copies into mapped blocks; returns the bytes that come over the link."""
+        device, memory = self._pager.device, self.holding.region.tensor
+        pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
+        copied = 0
+        for want in row:
+            block, source = want.block, want.source
+            if want.lender is not None:
+                self._borrow(want, stream)
+                continue
+            there = (source or block).host
+            size_bytes = self.holding.table.end_bytes(source) if source else block.host_valid_bytes
+            for at in range(0, size_bytes, PIECE_BYTES):
+                end = min(at + PIECE_BYTES, size_bytes)
+                pieces.append((memory[block.offset + at : block.offset + end], there.tensor[at:end]))
+            copied += size_bytes
+        if pieces:
+            device.copy_all(pieces, stream, Direction.H2D)
+        return copied
 
-    def _commit(self, step: Step, ready: object) -> Block | None:
+    def _borrow(self, want: Want, stream: Stream) -> None:
+        """Order `stream` behind whoever writes a lender's block, and copy from it if it is to be a copy."""
+        block, source, lender = want.block, want.source, want.lender
+        stream.wait_event(lender.pass_done)
+        if source is None:
+            return
+        if source.ready is not None:
+            stream.wait_event(source.ready)
+        if size_bytes := self.holding.table.end_bytes(source):
+            target = self.holding.region.tensor[block.offset : block.offset + size_bytes]
+            there = lender.region.tensor[source.offset : source.offset + size_bytes]
+            self._pager.device.copy(target, there, stream, Direction.D2D)
+
+    def _commit(self, want: Want, ready: object) -> Block | None:
         """The block is mapped here now; the one whose place it took. The pager's lock is held."""
-        block, holding = step.block, self.holding
-        if step.extent is not None:
-            block.device, step.extent = step.extent, None
-        if step.lender is None or step.source is not None:
+        block, holding = want.block, self.holding
+        if want.extent is not None:
+            block.device, want.extent = want.extent, None
+        if want.lender is None or want.source is not None:
             block.ready = ready
         block.places.add(holding)
         holding.mapped[block.offset] = block
@@ -466,32 +433,34 @@ class BringIn:
         if holding.table not in block.holders:
             replaced = holding.table.hold(block.layer, block.index, block)
         block.loading = False
-        self._let_go(step)
+        self._let_go(want)
         return replaced
 
     def _release(self) -> None:
         """Give back what was claimed and not committed; an extent that cannot be unmapped stays where it is."""
         try:
-            while self._ahead:
-                self.holding.region.unmap([step.block.offset for step in self._steps[self._ahead[-1]]])
-                self._ahead.pop()
+            ahead = [want.block for layer in self._ahead for want in self._rows.get(layer, ())]
+            stale = [block.offset for block in ahead if self.holding.mapped.get(block.offset) is not block]
+            if stale:
+                self.holding.region.unmap(stale)
+            self._ahead = []
         finally:
             with self._pager.lock:
-                steps, self._steps = self._steps, {}
+                rows, self._rows = self._rows, {}
                 self.holding.displacing = False
-                for layer, row in steps.items():
-                    for step in row:
-                        step.block.loading = False
-                        self._let_go(step)
-                        if step.extent is not None and layer not in self._ahead:
-                            self._pager.pool.give_back(step.extent)
+                for layer, row in rows.items():
+                    for want in row:
+                        want.block.loading = False
+                        self._let_go(want)
+                        if want.extent is not None and layer not in self._ahead:
+                            self._pager.pool.give_back(want.extent)
                 self._pager.lock.notify_all()
 
-    def _let_go(self, step: Step) -> None:
+    def _let_go(self, want: Want) -> None:
         """Whoever was read from may move again. The pager's lock is held."""
-        if step.lender is not None:
-            step.lender.pins -= 1
-            step.lender = None
-        if step.reading:
-            step.source.readers -= 1
-            step.reading = False
+        if want.lender is not None:
+            want.lender.pins -= 1
+            want.lender = None
+        if want.reading:
+            want.source.readers -= 1
+            want.reading = False

@@ -1,8 +1,8 @@
-"""The link to the device: bring-ins under way share it layer by layer, the most urgent first.
+"""The link to the device: bring-ins under way share it step by step, the most urgent first.
 
-One worker issues. Before each layer it asks again who is the most urgent, and it keeps so little in flight that a
+One worker issues. Before each step it asks again who is the most urgent, and it keeps so little in flight that a
 more urgent one begins within a few layers' time, and so much that the link never idles; the first layer of a resume has
-a stream of its own beside it. While that much is on its way the worker maps the layers that come next. A second worker
+a stream of its own beside it. While that much is on its way the worker maps the step that comes next. A second worker
 does what may take long, so that the first never does: reading from disk, evicting, waiting for other sessions'
 transfers, and looking ahead.
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from djinn_core.sessions.bringin import BringIn
     from djinn_core.sessions.pager import Pager
 
-IN_FLIGHT_BYTES = 96 << 20  # three layers of a long session: 2 ms in which a thread gets Python's interpreter
+IN_FLIGHT_BYTES = 128 << 20  # beside a step: 2 ms of a fast link, in which a thread gets Python's interpreter
 TICK_S = 0.05
 
 
@@ -145,7 +145,7 @@ class Link:
                 self._end(job, error)  # and `ended` puts the session where it can try again
 
     def _has_room(self) -> bool:
-        """Whether another layer may be issued."""
+        """Whether another step may be issued."""
         while self._flying and self._arrived(self._flying[0][1]):
             self._flying.popleft()
         return sum(size_bytes for _, _, size_bytes in self._flying) <= IN_FLIGHT_BYTES

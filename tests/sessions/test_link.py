@@ -1,4 +1,4 @@
-"""The link is shared layer by layer, the most urgent first, and room is made before anyone waits for it."""
+"""The link is shared step by step, the most urgent first, and room is made before anyone waits for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from djinn_core.device.faults import FaultPlan
 from djinn_core.errors import DeviceError
-from djinn_core.sessions import Session, SessionState, link
+from djinn_core.sessions import Session, SessionState, bringin, link
 from tests.sessions.oracle import Oracle, prompt
 from tests.sessions.rigs import LAYERS, MakeRig, Rig
 
@@ -39,7 +39,8 @@ def order_of(jobs: dict[str, object]) -> list[str]:
 
 @pytest.fixture
 def slow(make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> Rig:
-    """A slow link, with two layers in flight at most."""
+    """A slow link, with steps of one layer and two layers in flight at most."""
+    monkeypatch.setattr(bringin, "STEP_BYTES", 1)
     monkeypatch.setattr(link, "IN_FLIGHT_BYTES", 12_000)
     return make_rig()
 
@@ -135,7 +136,15 @@ def test_a_second_resume_plans_anew_what_a_pass_had_followed(slow: Rig, monkeypa
     assert torch.equal(logits, oracle.forward(ids))
 
 
-def test_the_next_layers_are_mapped_while_the_link_is_full(slow: Rig) -> None:
+@pytest.fixture
+def two_by_two(slow: Rig, monkeypatch: pytest.MonkeyPatch) -> Rig:
+    """The slow link, with steps of two layers."""
+    monkeypatch.setattr(bringin, "STEP_BYTES", 2 * SESSION_BYTES // LAYERS)
+    return slow
+
+
+def test_the_next_step_is_mapped_while_the_link_is_full(two_by_two: Rig) -> None:
+    slow = two_by_two
     session = released(slow, 1)
     slow.device.link_gbps = LINK_GBPS
     session.prefetch()
@@ -147,7 +156,8 @@ def test_the_next_layers_are_mapped_while_the_link_is_full(slow: Rig) -> None:
     assert not job._ahead
 
 
-def test_what_was_mapped_ahead_is_given_back_when_nobody_wants_it_any_more(slow: Rig) -> None:
+def test_what_was_mapped_ahead_is_given_back_when_nobody_wants_it_any_more(two_by_two: Rig) -> None:
+    slow = two_by_two
     session = released(slow, 1)
     before = slow.kv_bytes
     slow.device.link_gbps = LINK_GBPS
@@ -164,6 +174,19 @@ def test_what_was_mapped_ahead_is_given_back_when_nobody_wants_it_any_more(slow:
     oracle = Oracle(slow.stock)
     logits = oracle.forward(prompt(seed=1))
     assert torch.equal(session.forward(logits.float().argmax(-1)[:, None]), oracle.greedy(logits, 1)[0])
+
+
+def test_a_step_is_one_map_and_one_call_for_its_copies(two_by_two: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a resume's first layer goes alone."""
+    session, copied, granted = released(two_by_two, 1), [], []
+    device, copy_all, grant = two_by_two.device, two_by_two.device.copy_all, two_by_two.device.grant
+    monkeypatch.setattr(device, "copy_all", lambda pairs, *at: (copied.append(len(pairs)), copy_all(pairs, *at))[1])
+    monkeypatch.setattr(device, "grant", lambda at, size: (granted.append(size >> 16), grant(at, size))[1])
+    session.resume()
+    session.wait_until("restored", 10)
+    assert copied == granted == [1, 2, 1]
+    job = session.trace.job
+    assert job.arrival[1] is job.arrival[2] is not job.arrival[3]
 
 
 def test_room_is_made_before_anyone_needs_it(make_rig: MakeRig) -> None:

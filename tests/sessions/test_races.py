@@ -303,7 +303,8 @@ def resuming_in_vain(
         return map_in(self, items)
 
     patch.setattr(Region, "map", refuse_the_last)
-    patch.setattr("djinn_core.sessions.bringin.AHEAD_LAYERS", 0)
+    patch.setattr("djinn_core.sessions.bringin.STEP_BYTES", 1)
+    patch.setattr("djinn_core.sessions.bringin.BringIn.map_ahead", lambda job: False)
     return session, ids, wanted, go_on
 
 

@@ -1,0 +1,96 @@
+"""What a bring-in has to map: of each layer, the blocks that a pass wants and that are not here yet.
+
+Invariant: a block is written by one session at a time. Who appends to a tail that others hold too claims it, or gets a
+copy of its own (copy on write). All methods want the pager's lock held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from djinn_core.memory.extents import Extent
+from djinn_core.sessions.blocks import Block
+from djinn_core.sessions.holding import Holding
+
+
+@dataclass
+class Want:
+    """One block to map. `source` is the shared block that it is a copy of, if any."""
+
+    block: Block
+    source: Block | None = None
+    extent: Extent | None = None
+    lender: Holding | None = None  # where a shared extent, or the source of a copy, is mapped now
+    reading: bool = False  # the source is read from the host, which keeps it meanwhile
+
+
+class Wants:
+    """Of one session: the layers in the `order` in which a pass wants them, and how many tokens each must `reach`.
+
+    More than a layer holds: the pass appends to it.
+    """
+
+    def __init__(self, holding: Holding, order: Sequence[int], reach: Sequence[int]) -> None:
+        self._holding = holding
+        self._order = order
+        self._reach = reach
+
+    def of(self, layer: int) -> list[Want]:
+        """What is missing of one layer."""
+        holding, layout = self._holding, self._holding.layout
+        row, length, reach = holding.table.blocks[layer], holding.table.lengths[layer], self._reach[layer]
+        wants = []
+        for index in range(layout.count(reach)):
+            if index >= len(row):
+                wants.append(Want(Block(layout, layer, index)))
+            elif reach > length and self._is_tail(index, length) and self._others_past(row[index]):
+                wants.append(Want(Block(layout, layer, index), source=row[index]))
+            elif holding.mapped.get(row[index].offset) is not row[index]:
+                wants.append(Want(row[index]))
+        return wants
+
+    def brought(self) -> bool:
+        """Every block is there, or on its way, and none has to be copied before it is appended to."""
+        table, layout = self._holding.table, self._holding.layout
+        for layer in self._order:
+            row, length, count = table.blocks[layer], table.lengths[layer], layout.count(self._reach[layer])
+            tails = [block for index, block in enumerate(row[:count]) if self._is_tail(index, length)]
+            brought = layout.count(length)  # what a pass that failed had appended stays in the row, and is not
+            if count > brought or (self._reach[layer] > length and any(map(self._others_past, tails))):
+                return False
+        return True
+
+    def claim_tails(self) -> None:
+        """From here on this session is the one that appends to its own tails."""
+        table = self._holding.table
+        for layer in self._order:
+            length = table.lengths[layer]
+            if self._reach[layer] <= length:
+                continue
+            table.claimed = max(table.claimed, self._reach[layer])
+            for index, block in enumerate(table.blocks[layer]):
+                if self._is_tail(index, length) and not self._others_past(block):
+                    block.forget_past(table.end_bytes(block))
+                    for other in block.holders:
+                        if other is not table:
+                            other.writable_until = 0
+
+    def in_motion(self, block: Block) -> bool:
+        """Another session is loading it, or taking it off the device."""
+        others = block.places - {self._holding}
+        return block.loading or any(p.moving for p in block.places) or any(p.displacing for p in others)
+
+    def replaces(self, want: Want) -> bool:
+        """Its source is mapped here, and has to go before it is copied."""
+        return want.source is not None and self._holding.mapped.get(want.source.offset) is want.source
+
+    def _is_tail(self, index: int, length: int) -> bool:
+        """Appending to a layer of `length` tokens writes into this block."""
+        layout = self._holding.layout
+        return layout.end_bytes(index, length) < layout.size_of(index)
+
+    def _others_past(self, block: Block) -> bool:
+        """Someone else has, or is about to have, more in this block than this session: it must not be written."""
+        mine = self._holding.table.end_bytes(block)
+        return any(t.reach_bytes(block) > mine for t in block.holders if t is not self._holding.table)
