@@ -193,30 +193,40 @@ class Device(ABC):
         self._count(direction, size_bytes)
 
     def copy_all(
-        self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: Stream, direction: Direction
+        self,
+        copies: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        stream: Stream,
+        direction: Direction,
+        *,
+        piece_bytes: int = 1 << 62,
     ) -> None:
         """`copy` for each (dst, src), in one call where the device can. They must not overlap, and run in any order.
 
         A thread asks for Python's interpreter again after every call, and beside a busy thread that takes longer than
-        the call.
+        the call. No copy is of more than `piece_bytes`, so that those of other streams get in between.
 
         Raises:
             TransferError: a copy was refused; those before it may have been issued, and are counted.
         """
-        if len(copies) == 1:
-            self.copy(*copies[0], stream, direction)
-            return
         for dst, src in copies:
             if dst.numel() != src.numel():
                 raise ValueError(f"copy of {src.numel()} bytes into {dst.numel()}")
-        self._issue_copies(copies, stream, direction)
+        if len(copies) == 1 and copies[0][0].numel() <= piece_bytes:
+            self.copy(*copies[0], stream, direction)
+        else:
+            self._issue_copies(copies, stream, direction, piece_bytes)
 
     def _issue_copies(
-        self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: Stream, direction: Direction
+        self,
+        copies: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        stream: Stream,
+        direction: Direction,
+        piece_bytes: int,
     ) -> None:
         """Issue and count all of them. Here one by one; a device that takes a batch overrides it."""
         for dst, src in copies:
-            self.copy(dst, src, stream, direction)
+            for at in range(0, dst.numel(), piece_bytes):
+                self.copy(dst[at : at + piece_bytes], src[at : at + piece_bytes], stream, direction)
 
     def _count(self, direction: Direction, size_bytes: int) -> None:
         with self._count_lock:

@@ -226,25 +226,31 @@ class CudaDevice(Device):
             raise TransferError(f"{describe('cuMemcpyAsync', code)} for {size_bytes:,} bytes; nothing was copied")
 
     def _issue_copies(
-        self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: Stream, direction: Direction
+        self,
+        copies: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        stream: Stream,
+        direction: Direction,
+        piece_bytes: int,
     ) -> None:
         if not self._takes_batches:
-            super()._issue_copies(copies, stream, direction)
+            super()._issue_copies(copies, stream, direction, piece_bytes)
             return
+        targets, sources, sizes = [], [], []
         for dst, src in copies:
             check_copy(dst, src)
-        full = [(dst, src) for dst, src in copies if dst.numel()]
-        if not full:
+            to, there, size_bytes = dst.data_ptr(), src.data_ptr(), dst.numel()
+            for at in range(0, size_bytes, piece_bytes):  # sums of addresses: slices would take as long as the call
+                targets.append(driver.CUdeviceptr(to + at))
+                sources.append(driver.CUdeviceptr(there + at))
+                sizes.append(min(piece_bytes, size_bytes - at))
+        if not sizes:
             return
-        targets = [driver.CUdeviceptr(dst.data_ptr()) for dst, _ in full]
-        sources = [driver.CUdeviceptr(src.data_ptr()) for _, src in full]
-        sizes = [dst.numel() for dst, _ in full]
         self._enter()
         code = driver.cuMemcpyBatchAsync(
-            targets, sources, sizes, len(full), self._in_stream_order, [0], 1, stream.cuda_stream
+            targets, sources, sizes, len(sizes), self._in_stream_order, [0], 1, stream.cuda_stream
         )[0]
         if code:
-            what = f"{len(full)} copies of {sum(sizes):,} bytes"
+            what = f"{len(sizes)} copies of {sum(sizes):,} bytes"
             raise TransferError(f"{describe('cuMemcpyBatchAsync', code)} for {what}; nothing was copied")
         self._count(direction, sum(sizes))
 

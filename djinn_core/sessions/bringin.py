@@ -390,8 +390,7 @@ class BringIn:
     def _fill(self, row: list[Want], stream: Stream) -> int:
         """Issue the copies into mapped blocks; returns the bytes that come over the link."""
         device, memory = self._pager.device, self.holding.region.tensor
-        pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
-        copied = 0
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         for want in row:
             block, source = want.block, want.source
             if want.lender is not None:
@@ -399,13 +398,11 @@ class BringIn:
                 continue
             there = (source or block).host
             size_bytes = self.holding.table.end_bytes(source) if source else block.host_valid_bytes
-            for at in range(0, size_bytes, PIECE_BYTES):
-                end = min(at + PIECE_BYTES, size_bytes)
-                pieces.append((memory[block.offset + at : block.offset + end], there.tensor[at:end]))
-            copied += size_bytes
-        if pieces:
-            device.copy_all(pieces, stream, Direction.H2D)
-        return copied
+            if size_bytes:
+                pairs.append((memory[block.offset : block.offset + size_bytes], there.tensor[:size_bytes]))
+        if pairs:
+            device.copy_all(pairs, stream, Direction.H2D, piece_bytes=PIECE_BYTES)
+        return sum(dst.numel() for dst, _ in pairs)
 
     def _borrow(self, want: Want, stream: Stream) -> None:
         """Order `stream` behind whoever writes a lender's block, and copy from it if it is to be a copy."""

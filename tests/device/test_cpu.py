@@ -249,3 +249,14 @@ def test_addresses_that_cannot_be_had_are_an_error_of_the_device():
             device.reserve(1 << 60)
     finally:
         device.close()
+
+
+def test_no_copy_is_of_more_than_a_piece(cpu_device, mapped, pinned):
+    """Each piece is a copy of its own, so that another stream's gets in between."""
+    cpu_device.faults = plan = FaultPlan()
+    stream = cpu_device.stream()
+    pairs = [(mapped[: UNIT // 2], pinned[: UNIT // 2]), (mapped[UNIT // 2 :], pinned[UNIT // 2 :])]
+    cpu_device.copy_all(pairs, stream, Direction.H2D, piece_bytes=UNIT // 4)
+    cpu_device.copy_all(pairs[:1], stream, Direction.H2D, piece_bytes=UNIT // 2)
+    stream.synchronize()
+    assert plan.counts["copy"] == 4 + 1

@@ -165,6 +165,14 @@ def test_copies_in_one_call_arrive_and_are_counted(device, place, host):
         device.copy_all([(tensor[:4], there[:4]), (tensor[:9], there[:8])], stream, Direction.H2D)
     device.copy_all([], stream, Direction.H2D)
     assert (device.copied - before).h2d_bytes == unit
+    there.copy_(torch.arange(unit) * 5 % 251)
+    halves = [(0, unit // 2), (unit // 2, unit)]
+    device.copy_all([(tensor[a:b], there[a:b]) for a, b in halves], stream, Direction.H2D, piece_bytes=1000)
+    device.copy_all([(back, tensor[:unit])], stream, Direction.D2H, piece_bytes=unit - 1)
+    stream.synchronize()
+    assert torch.equal(back, there)
+    counted = device.copied - before
+    assert (counted.h2d_bytes, counted.d2h_bytes) == (2 * unit, 2 * unit)
     device.synchronize()
     device.unmap(address, unit)
     device.destroy(handle)

@@ -180,8 +180,17 @@ def test_a_step_is_one_map_and_one_call_for_its_copies(two_by_two: Rig, monkeypa
     """And a resume's first layer goes alone."""
     session, copied, granted = released(two_by_two, 1), [], []
     device, copy_all, grant = two_by_two.device, two_by_two.device.copy_all, two_by_two.device.grant
-    monkeypatch.setattr(device, "copy_all", lambda pairs, *at: (copied.append(len(pairs)), copy_all(pairs, *at))[1])
-    monkeypatch.setattr(device, "grant", lambda at, size: (granted.append(size >> 16), grant(at, size))[1])
+
+    def count_copies(pairs, *args, **options):
+        copied.append(len(pairs))
+        copy_all(pairs, *args, **options)
+
+    def count_grants(address, size_bytes):
+        granted.append(size_bytes * LAYERS // SESSION_BYTES)
+        grant(address, size_bytes)
+
+    monkeypatch.setattr(device, "copy_all", count_copies)
+    monkeypatch.setattr(device, "grant", count_grants)
     session.resume()
     session.wait_until("restored", 10)
     assert copied == granted == [1, 2, 1]
