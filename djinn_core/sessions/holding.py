@@ -46,6 +46,7 @@ class Holding:
         prefetch_failed: bringing it in early went wrong; it is not tried again before its next pause.
         pins: others that read its mapped blocks now.
         user, user_thread: held by the one caller who uses the session, and the thread that he is.
+        found_clean: it was, and neither has its state changed since nor has the host given up a copy of it.
         displacing: blocks of its own have to go before they are copied; nobody borrows from it meanwhile.
         trouble: why the last write-back did not succeed; it is tried again at the next pause or eviction.
     """
@@ -72,6 +73,7 @@ class Holding:
         self.wanted = self.drains = 0
         self.leaving = 0
         self.pins = 0
+        self.found_clean = False
         self.last_use_s = time.monotonic()
         self.expected_resume_s: float | None = None
         self.prefetch_failed = False
@@ -82,6 +84,7 @@ class Holding:
     def go(self, to: SessionState, doing: str) -> None:
         """Change the state, or refuse."""
         self.state = transition(self.id, self.state, to, doing)
+        self.found_clean = False
 
     def own(self, checkpoint: Checkpoint) -> Checkpoint:
         """This session's checkpoint of that id: a fork has its own of those that it shares."""
@@ -180,6 +183,39 @@ class Holding:
     def is_clean(self) -> bool:
         """May be asked without the lock, for an answer that may be old by then."""
         return not any(self.dirty(block) for block in list(self.mapped.values()))
+
+    def seems_clean(self) -> bool:
+        """`is_clean`, remembered: who makes room asks everyone, and a walk over all blocks takes its time.
+
+        It may be wrong where sessions share blocks; whoever evicts looks again.
+        """
+        if not self.found_clean:
+            self.found_clean = self.is_clean()
+        return self.found_clean
+
+
+class Use:
+    """A call of a session's one caller, entered around it. A generator would take longer than what a resume does here.
+
+    Raises:
+        SessionStateError: another thread is in such a call.
+    """
+
+    def __init__(self, holding: Holding, doing: str) -> None:
+        self._holding = holding
+        self._doing = doing
+
+    def __enter__(self) -> None:
+        if not self._holding.user.acquire(blocking=False):
+            raise SessionStateError(
+                f"session {self._holding.id} cannot {self._doing}: another thread is using it; a session has one "
+                "caller at a time"
+            )
+        self._holding.user_thread = threading.get_ident()
+
+    def __exit__(self, *exception: object) -> None:
+        self._holding.user_thread = None
+        self._holding.user.release()
 
 
 def _arrives(event: Event) -> bool:

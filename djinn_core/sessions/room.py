@@ -351,7 +351,8 @@ class Room:
             if holding is None:
                 return
             tried.add(holding.id)
-            self._try_evict(holding)
+            if holding.is_clean():
+                self._try_evict(holding)
 
     def could_free(self, needed_bytes: int, limit_s: float) -> bool:
         """Whether `needed_bytes` are free, or would be if paused sessions not expected before `limit_s` left."""
@@ -382,7 +383,7 @@ class Room:
             return False
 
     def _candidates(self, keep: Holding | None, limit_s: float | None, tried: set[str]) -> list[Candidate]:
-        """Who could leave. How clean each is takes a walk over its blocks, outside of the lock; `evict` looks again."""
+        """Who could leave. How clean each is may take a walk over its blocks, outside of the lock; `evict` looks again."""
         with self.lock:
             able = [
                 h
@@ -396,4 +397,4 @@ class Room:
                 and not h.being_brought
                 and (limit_s is None or h.expected_resume_s is None or h.expected_resume_s > limit_s)
             ]
-        return [Candidate(h.id, h.own_device_bytes, h.is_clean(), h.last_use_s, h.expected_resume_s) for h in able]
+        return [Candidate(h.id, h.own_device_bytes, h.seems_clean(), h.last_use_s, h.expected_resume_s) for h in able]

@@ -8,10 +8,8 @@ its caller; here generation is a loop over passes, each of which can stop.
 from __future__ import annotations
 
 import inspect
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -25,7 +23,7 @@ from djinn_core.sessions.checkpoint import Checkpoint, PassInputs, Story
 from djinn_core.sessions.edits import Edit, apply_edits
 from djinn_core.sessions.entrance import enter_boundary, keep_boundary, load_boundary, reserve_boundary
 from djinn_core.sessions.generation import Chooser
-from djinn_core.sessions.holding import Holding
+from djinn_core.sessions.holding import Holding, Use
 from djinn_core.sessions.inputs import NO_EDITS, EditsByLayer, check_between, check_later, edits_by_layer, make_inputs
 from djinn_core.sessions.kvcache import SessionCache, attention_windows
 from djinn_core.sessions.passes import Control
@@ -107,18 +105,8 @@ class Session:
         """Device memory behind its KV, shared blocks included."""
         return self._holding.device_bytes
 
-    @contextmanager
-    def _use(self, doing: str) -> Iterator[None]:
-        if not self._holding.user.acquire(blocking=False):
-            raise SessionStateError(
-                f"session {self.id} cannot {doing}: another thread is using it; a session has one caller at a time"
-            )
-        self._holding.user_thread = threading.get_ident()
-        try:
-            yield
-        finally:
-            self._holding.user_thread = None
-            self._holding.user.release()
+    def _use(self, doing: str) -> Use:
+        return Use(self._holding, doing)
 
     def _need_running(self, doing: str) -> None:
         state = self.state  # before the look at failures: one that comes after it is told by the pass

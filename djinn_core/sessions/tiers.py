@@ -212,6 +212,8 @@ class Tiers:
             block.host.free()
             block.host = None
             block.host_valid_bytes = 0
+            for place in block.places:
+                place.found_clean = False
             return block.size_bytes
 
     def _stays_on_device(self, block: Block) -> bool:

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+from djinn_core.device.faults import FaultPlan
 from djinn_core.errors import DjinnError, IntegrityError, OutOfDeviceMemory
 from djinn_core.sessions import Candidate, ExpectedLast, Session, SessionState
 from tests.sessions.oracle import Oracle, prompt
@@ -248,12 +249,15 @@ def test_a_resume_takes_the_host_copies_of_sessions_that_stay_on_the_device(make
         session.pause(expected_resume_s=10.0 * seed)
         session.wait_until("clean", 10)
         resident.append(session)
+    assert all(candidate.clean for candidate in pager._candidates(None, None, set()))
     assert rig.host.free_bytes < SESSION_BYTES
     away.resume()
     wanted = oracle.greedy(first, 1)[0]
     assert torch.equal(away.forward(first.float().argmax(-1)[:, None]), wanted)
     dirty = [session for session in resident if not session._holding.is_clean()]
     assert dirty == resident[:1], "the one expected soonest is taken from, and no other"
+    seen = {candidate.session: candidate.clean for candidate in pager._candidates(None, None, set())}
+    assert seen == {session.id: session not in dirty for session in resident}, "a policy is told so"
     dirty[0].wait_until("clean", 10)  # whoever waits has it written back again
     for seed, session in enumerate(resident, 1):
         mine = Oracle(rig.stock)
@@ -278,6 +282,32 @@ def test_a_write_back_that_nobody_waits_for_takes_nothing_from_others(make_rig: 
     copied = rig.device.copied.d2h_bytes
     sessions[3].wait_until("clean", 10)
     assert sessions[3]._holding.is_clean() and rig.device.copied.d2h_bytes > copied
+
+
+def test_a_session_that_has_run_again_is_not_taken_for_clean(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    session = rig.open()
+
+    def taken_for_clean() -> bool:
+        (candidate,) = rig.sessions.pager._candidates(None, None, set())
+        return candidate.clean
+
+    session.forward(prompt())
+    session.pause()
+    session.wait_until("clean", 10)
+    assert taken_for_clean()
+    session.resume()
+    session.forward(torch.tensor([[1]]))
+    rig.device.faults = FaultPlan().fail("copy", 1)
+    session.pause()
+    while session._holding.queued:
+        time.sleep(0.01)
+    assert not taken_for_clean()
+    rig.device.faults = None
+    session.resume()
+    session.pause()
+    session.wait_until("clean", 10)
+    assert taken_for_clean()
 
 
 def test_a_policy_that_raises_is_an_error_of_whoever_needs_room(make_rig: MakeRig) -> None:
