@@ -34,6 +34,11 @@ def put(maker: Maker, target: Path, **words) -> list[str]:
     return publish.publish([maker.folder], target, claims_path=CLAIMS, **words)
 
 
+def measured_line(table: str, experiment: str) -> str:
+    """What claims.md says an experiment's verdicts rest on."""
+    return next(line for line in table.splitlines() if line.startswith(f"- {experiment}: "))
+
+
 def test_publishing_copies_draws_and_judges(run: Maker, tmp_path: Path):
     run.streaming()
     run.resume()
@@ -168,7 +173,12 @@ def test_an_experiment_joins_those_that_are_there_or_replaces_itself(run: Maker,
     other.streaming(rates={"deepspeed_cpu": 10.0})
     with pytest.raises(ResultError, match="has streaming already"):
         put(other, target)
+    table = (target / "claims.md").read_text()
     put(other, target, replace=True)
+    again = (target / "claims.md").read_text()
+    assert all(text.startswith(f"# Claims, judged from `{target}`") for text in (table, again))
+    assert measured_line(again, "streaming") != measured_line(table, "streaming"), "it is of what was replaced"
+    assert measured_line(again, "resume") == measured_line(table, "resume")
     assert read(target / "streaming/deepspeed_cpu.json").median("effective_gbps") == pytest.approx(10.0, rel=0.05)
     assert {path.name: path.read_bytes() for path in (target / "resume").iterdir()} == kept
     assert json.loads((target / "not_run.json").read_text()) == {"resume/manual_offload_pageable": "no time was left"}

@@ -92,11 +92,14 @@ def measured(case: Case) -> str:
     return number(case.value) + interval
 
 
-def table(judged: list[Judged], results_dir: Path) -> str:
-    """claims.md: a line per claim, the case that decided, then what a reader needs to know of the verdicts."""
+def table(judged: list[Judged], results_dir: Path, name: Path | None = None) -> str:
+    """claims.md: a line per claim, the case that decided, then what a reader needs to know of the verdicts.
+
+    `name` is where the files of `results_dir` will be found, if not there.
+    """
     counts = Counter(item.verdict for item in judged)
     lines = [
-        f"# Claims, judged from `{results_dir}`",
+        f"# Claims, judged from `{name or results_dir}`",
         "",
         ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict]),
         "",

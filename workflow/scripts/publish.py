@@ -201,7 +201,7 @@ def publish(
         write_reports(aside, claims_path)
         judged = claims.judge_all(claims.load_claims(claims_path), aside)
         write_json(aside / "claims.json", claims.document(judged, aside))
-        write_text(aside / "claims.md", claims.table(judged, target))
+        write_text(aside / "claims.md", claims.table(judged, aside, target))
         if target.exists():
             shutil.rmtree(target)
         aside.rename(target)
