@@ -21,6 +21,8 @@ from typing import Protocol
 
 import torch
 
+from djinn_core.errors import DeviceError
+
 
 class Event(Protocol):
     """A point in a stream's work. The subset of `torch.cuda.Event` that Djinn uses."""
@@ -66,6 +68,23 @@ class CopyCounts:
             self.d2h_bytes - other.d2h_bytes,
             self.d2d_bytes - other.d2d_bytes,
         )
+
+
+def maps_within(size_at: Callable[[int], int | None], address: int, size_bytes: int) -> list[int]:
+    """Where the maps begin that make up this range; `size_at` knows the size of the map that begins at an address.
+
+    Raises:
+        DeviceError: it is not made of whole maps.
+    """
+    begins, at, end = [], address, address + size_bytes
+    while at < end:
+        size = size_at(at)
+        if not size or at + size > end:
+            what = "nothing is mapped" if not size else f"a map of {size:,} bytes begins"
+            raise DeviceError(f"{address:#x} + {size_bytes:,} cannot be unmapped: {what} at {at:#x}")
+        begins.append(at)
+        at += size
+    return begins
 
 
 class Device(ABC):
@@ -139,8 +158,13 @@ class Device(ABC):
 
     @abstractmethod
     def unmap(self, address: int, size_bytes: int) -> None:
-        """Take the memory from behind one earlier `map` (same address and size). The caller has made sure that no
-        queued work touches it."""
+        """Take the memory from behind earlier maps that lie side by side, each of them whole, in one call.
+
+        The caller has made sure that no queued work touches it.
+
+        Raises:
+            DeviceError: the range is not made of whole maps, or the device refused; all of it is mapped as before.
+        """
 
     @abstractmethod
     def tensor(self, address: int, size_bytes: int) -> torch.Tensor:

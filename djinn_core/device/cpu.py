@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from djinn_core.device import libc
-from djinn_core.device.base import Device, Event, Stream
+from djinn_core.device.base import Device, Event, Stream, maps_within
 from djinn_core.device.faults import FaultPlan
 from djinn_core.device.hoststreams import CallerStream, HostEvent, WorkerStream
 from djinn_core.device.spans import FreeSpans
@@ -189,11 +189,11 @@ class CpuDevice(Device):
     def unmap(self, address: int, size_bytes: int) -> None:
         with self._lock:
             self._fault("unmap", size_bytes)
-            if self._mapped.get(address) != size_bytes:
-                raise DeviceError(f"no map of {size_bytes:,} bytes begins at {address:#x}")
+            whole = maps_within(self._mapped.get, address, size_bytes)
             libc.map_anonymous(size_bytes, libc.PROT_NONE, address)
-            self._mapped.remove(address)
-            self._handles[self._mapped_handle.pop(address)].maps -= 1
+            for begin in whole:
+                self._mapped.remove(begin)
+                self._handles[self._mapped_handle.pop(begin)].maps -= 1
 
     def tensor(self, address: int, size_bytes: int) -> torch.Tensor:
         with self._lock:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from cuda.bindings import driver
 
-from djinn_core.device.base import Device, Direction, Event, Stream
+from djinn_core.device.base import Device, Direction, Event, Stream, maps_within
 from djinn_core.errors import DeviceError, OutOfDeviceMemory, PinningRefused, TransferError
 
 _OUT_OF_MEMORY = driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
@@ -105,7 +105,7 @@ class CudaDevice(Device):
         self._capacity_bytes = checked("cuDeviceTotalMem", driver.cuDeviceTotalMem(self._number))
         self._lock = threading.Lock()
         self._reserved: dict[int, int] = {}
-        self._mapped: set[int] = set()
+        self._mapped: dict[int, int] = {}  # sizes by address
         self._scratch: int | None = None
         self._streams: list[tuple[int, int]] = []  # priority and handle
         self._closed = False
@@ -152,7 +152,7 @@ class CudaDevice(Device):
         code = driver.cuMemMap(address, size_bytes, 0, handle, 0)[0]
         if code:
             raise DeviceError(f"{describe('cuMemMap', code)} at {address:#x} + {size_bytes:,}")
-        self._mapped.add(address)
+        self._mapped[address] = size_bytes
 
     def grant(self, address: int, size_bytes: int) -> None:
         self._enter()
@@ -161,13 +161,14 @@ class CudaDevice(Device):
             raise DeviceError(f"{describe('cuMemSetAccess', code)} at {address:#x} + {size_bytes:,}")
 
     def unmap(self, address: int, size_bytes: int) -> None:
-        if address not in self._mapped:  # the driver says nothing then (580), and the caller's books are wrong
-            raise DeviceError(f"nothing is mapped at {address:#x}, so it cannot be unmapped")
+        # the driver says nothing of what is not mapped (580), and then the caller's books are wrong
+        whole = maps_within(self._mapped.get, address, size_bytes)
         self._enter()
         code = driver.cuMemUnmap(address, size_bytes)[0]
         if code:
             raise DeviceError(f"{describe('cuMemUnmap', code)} at {address:#x} + {size_bytes:,}")
-        self._mapped.discard(address)
+        for begin in whole:
+            del self._mapped[begin]
 
     def tensor(self, address: int, size_bytes: int) -> torch.Tensor:
         """As the contract says. `address` begins a piece: one granule there is free, or a map begins at it."""

@@ -64,7 +64,7 @@ class Region:
             raise
 
     def unmap(self, offsets: Sequence[int]) -> list[Extent]:
-        """Take the extents at `offsets` out, all or none; they are the caller's again, their bytes as they were.
+        """Take the extents at `offsets` out, all or none, neighbours in one call; they are the caller's again.
 
         Raises:
             UsageError: nothing is mapped at one of the offsets.
@@ -73,18 +73,19 @@ class Region:
         missing = [offset for offset in offsets if offset not in self._extents]
         if missing or len(set(offsets)) != len(offsets):
             raise UsageError(f"nothing is mapped, or it is named twice, at offsets {missing or list(offsets)}")
+        extents = {offset: self._extents[offset] for offset in offsets}
         removed: list[tuple[int, Extent]] = []
         try:
-            for offset in offsets:
-                extent = self._extents[offset]
-                self._device.unmap(self.address + offset, extent.size_bytes)
-                self._forget(offset)
-                removed.append((offset, extent))
+            for start, size_bytes in self._spans(offsets):
+                self._device.unmap(self.address + start, size_bytes)
+                for offset in [offset for offset in extents if start <= offset < start + size_bytes]:
+                    self._forget(offset)
+                    removed.append((offset, extents[offset]))
         except BaseException:
             if removed:
                 self.map(removed)
             raise
-        return [extent for _, extent in removed]
+        return list(extents.values())
 
     def mapped(self) -> dict[int, Extent]:
         """Extents by offset, in order."""

@@ -383,7 +383,7 @@ class Room:
             return False
 
     def _candidates(self, keep: Holding | None, limit_s: float | None, tried: set[str]) -> list[Candidate]:
-        """Who could leave. How clean each is may take a walk over its blocks, outside of the lock; `evict` looks again."""
+        """Who could leave. Whether each is clean may take a walk, outside of the lock; `evict` looks again."""
         with self.lock:
             able = [
                 h

@@ -146,6 +146,38 @@ def test_copies_arrive_and_are_counted(device, place, host):
     device.destroy(handle)
 
 
+def test_maps_side_by_side_are_unmapped_in_one_call_and_whole(device, place):
+    address, unit, tensor = place
+    handles = [device.create(unit), device.create(2 * unit), device.create(unit)]
+    sizes = (unit, 2 * unit, unit)
+
+    def put_all():
+        at = address
+        for handle, size_bytes in zip(handles, sizes, strict=True):
+            device.map(at, handle, size_bytes)
+            at += size_bytes
+        device.grant(address, 4 * unit)
+
+    put_all()
+    tensor[unit : 3 * unit] = 5
+    tensor[3 * unit :] = 6
+    device.synchronize()
+    with pytest.raises(DeviceError, match="cannot be unmapped: a map of"):
+        device.unmap(address, 2 * unit)  # it ends inside the second
+    with pytest.raises(DeviceError, match="cannot be unmapped: nothing is mapped"):
+        device.unmap(address + 2 * unit, 2 * unit)  # it begins inside it
+    device.unmap(address, 3 * unit)
+    assert int(tensor[-1]) == 6
+    device.unmap(address + 3 * unit, unit)
+    with pytest.raises(DeviceError, match="nothing is mapped"):
+        device.unmap(address, unit)
+    put_all()
+    assert (int(tensor[unit]), int(tensor[-1])) == (5, 6)
+    device.unmap(address, 4 * unit)
+    for handle in handles:
+        device.destroy(handle)
+
+
 def test_copies_in_one_call_arrive_and_are_counted(device, place, host):
     """Pieces of any size and order, an empty one among them; one of the wrong length refuses all."""
     address, unit, tensor = place

@@ -127,7 +127,28 @@ def test_a_failed_map_leaves_nothing_mapped_and_can_be_retried(cpu_device, call,
     pool.close()
 
 
-@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_neighbours_are_unmapped_in_one_call(cpu_device):
+    unit = cpu_device.granularity_bytes
+    pool, region = ExtentPool(cpu_device, 16 * unit), Region(cpu_device, 8 * unit)
+    offsets = [0, unit, 3 * unit, 5 * unit]
+    extents = take(pool, cpu_device, 1, 2, 1, 2)
+    region.map(list(zip(offsets, extents, strict=True)))
+    region.tensor[unit : 3 * unit].fill_(7)
+    cpu_device.faults = plan = FaultPlan()
+    some = [5 * unit, 0, unit]
+    assert region.unmap(some) == [extents[3], extents[0], extents[1]]
+    assert plan.counts["unmap"] == 2
+    assert region.mapped() == {3 * unit: extents[2]}
+    region.map([(6 * unit, extents[1])])
+    assert bool((region.tensor[6 * unit : 8 * unit] == 7).all())
+    region.unmap([3 * unit, 6 * unit])
+    for extent in extents:
+        pool.give_back(extent)
+    region.close()
+    pool.close()
+
+
+@pytest.mark.parametrize("nth", [1, 2])
 def test_a_failed_unmap_keeps_everything_mapped_with_its_bytes(cpu_device, nth):
     unit = cpu_device.granularity_bytes
     pool, region = ExtentPool(cpu_device, 16 * unit), Region(cpu_device, 8 * unit)
