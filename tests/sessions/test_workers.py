@@ -169,8 +169,9 @@ def test_at_a_boundary(rig: Rig, monkeypatch, error) -> None:
     session, ids, wanted = begun(rig, 1, stop_after=3)
     session.pause()
     session.wait_until("clean", 10)
+    events = rig.sessions.pager.events
+    wait_for(lambda: any("boundary stays on the device" in event.event for event in list(events)))
     assert bomb.fired and not session.stopped.boundary.settled
-    assert any("boundary stays on the device" in event.event for event in rig.sessions.pager.events)
     check_alive(rig)
     assert torch.equal(go_on(session, ids), wanted)
 
