@@ -62,7 +62,7 @@ class CapacityError(DjinnError):
 
 
 class OutOfDeviceMemory(CapacityError):
-    """The device budget cannot hold what was asked for."""
+    """The device budget, or the device beside others, cannot hold what was asked for."""
 
 
 class OutOfHostMemory(CapacityError):

@@ -1,11 +1,11 @@
 """Physical device memory under one budget: extents are acquired, given back and reused.
 
-Invariant: held + pooled + leaving bytes never exceed the budget (what was held when it shrank apart), and every one of
-them is a live handle of the device, except of what was acquired `lazy` and not backed yet. Giving back is O(1) and
-touches no driver: the memory stays pooled, and a background thread destroys what is pooled above `reserve_bytes`. Not
-taken: destroying at once. A session's extents are wanted again soon, and 1.6 GB takes most of a millisecond to release
-in the hot path. To create them takes as long, and a session that comes back would do it before its first layer: so a
-pass is promised its memory at once, and each layer's is created when it is mapped.
+Invariant: held + pooled + leaving bytes never exceed the budget (what was held when it shrank apart). Behind every one
+of them is a live handle of the device, or it is held and promised: then the device had room for all promises when the
+last one was made. Giving back is O(1) and touches no driver: the memory stays pooled, and a background thread destroys
+what is pooled above `reserve_bytes`. Not taken: destroying at once. A session's extents are wanted again soon, and
+1.6 GB takes most of a millisecond to release in the hot path. To create them takes as long, and a session that comes
+back would do it before its first layer; so each layer's are created when it is mapped.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from djinn_core.device.base import Device
@@ -28,7 +28,7 @@ NAMED_HOLDERS = 3  # how many of the largest holders an out-of-memory message na
 class Extent:
     """One piece of physical device memory, charged to (`kind`, `owner`) while it is held.
 
-    `handle` is None until it is backed: then the budget has room for it, and nothing lies behind it yet.
+    `handle` is None while it is promised: the budget has room for it, and nothing lies behind it yet.
     """
 
     handle: int | None
@@ -40,7 +40,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class Usage:
-    """A pool at one moment: bytes held by (kind, owner), and bytes that wait for reuse or for the trimmer."""
+    """A pool at one moment: bytes held by (kind, owner), promised ones too, and those that wait for reuse or to go."""
 
     held: Mapping[tuple[Kind, str], int]
     pooled_bytes: int
@@ -63,6 +63,7 @@ class ExtentPool:
         self._pooled_bytes = 0
         self._held: Counter[tuple[Kind, str]] = Counter()
         self._held_bytes = 0
+        self._promised_bytes = 0  # of what is held
         self._leaving_bytes = 0  # taken out of the pool, not yet destroyed
         self._trimmer: threading.Thread | None = None
         self._trim_due = False  # the trimmer has been told
@@ -94,15 +95,38 @@ class ExtentPool:
         """The size of the extent that `acquire(size_bytes)` gives."""
         return max(1, -(-size_bytes // self._granularity)) * self._granularity
 
-    def acquire(self, size_bytes: int, kind: Kind, owner: str, *, lazy: bool = False) -> Extent:
+    def acquire(self, size_bytes: int, kind: Kind, owner: str) -> Extent:
         """An extent of at least `size_bytes`, its content undefined.
 
-        A pooled one of the same size if there is one, else a new one; pooled ones of other sizes make room for it. With
-        `lazy` a new one is within the budget, and not created before it is asked for by `back`.
+        A pooled one of the same size if there is one, else a new one; pooled ones of other sizes make room for it.
 
         Raises:
             OutOfDeviceMemory: the budget, or the device, is full; nothing changed. Give extents back and retry.
         """
+        return self._acquire(size_bytes, kind, owner, promise=False)
+
+    def acquire_all(self, sizes: Sequence[int], kind: Kind, owner: str, *, promise: bool) -> list[Extent]:
+        """Extents of all `sizes`, or none.
+
+        With `promise`, and if the device has room for all, new ones are not created before `back` asks for them.
+
+        Raises:
+            OutOfDeviceMemory: as for `acquire`.
+        """
+        if promise:
+            free_bytes = self._device.capacity_bytes - self._device.used_bytes() - self._promised_bytes
+            promise = sum(map(self.rounded, sizes)) <= free_bytes
+        got: list[Extent] = []
+        try:
+            for size_bytes in sizes:
+                got.append(self._acquire(size_bytes, kind, owner, promise=promise))
+        except BaseException:
+            for extent in got:
+                self.give_back(extent)
+            raise
+        return got
+
+    def _acquire(self, size_bytes: int, kind: Kind, owner: str, *, promise: bool) -> Extent:
         size_bytes = self.rounded(size_bytes)
         with self._changed:
             if self._closed:
@@ -110,7 +134,8 @@ class ExtentPool:
             handle = self._take_pooled_of(size_bytes)
             while handle is None:
                 self._fit(size_bytes)
-                if lazy:
+                if promise:
+                    self._promised_bytes += size_bytes
                     break
                 handle = self._create(size_bytes)
             self._held[kind, owner] += size_bytes
@@ -118,16 +143,19 @@ class ExtentPool:
         return Extent(handle, size_bytes, kind, owner)
 
     def back(self, extent: Extent) -> None:
-        """See to it that there is memory behind a held extent.
+        """Keep a promise: see to it that there is memory behind a held extent.
 
         Raises:
-            OutOfDeviceMemory: the device is full, by others than this pool; the extent is as it was.
+            OutOfDeviceMemory: others have filled the device since; the extent is as it was.
         """
         with self._changed:
             while extent.handle is None:
-                extent.handle = self._take_pooled_of(extent.size_bytes)
-                if extent.handle is None:
-                    extent.handle = self._create(extent.size_bytes)
+                handle = self._take_pooled_of(extent.size_bytes)
+                if handle is None:
+                    handle = self._create(extent.size_bytes)
+                if handle is not None:
+                    extent.handle = handle
+                    self._promised_bytes -= extent.size_bytes
 
     def give_back(self, extent: Extent) -> None:
         """Take an extent back. It must be mapped nowhere, and no queued work may touch it."""
@@ -141,6 +169,7 @@ class ExtentPool:
                 del self._held[key]
             self._held_bytes -= extent.size_bytes
             if extent.handle is None:
+                self._promised_bytes -= extent.size_bytes
                 return
             self._pooled[extent.size_bytes].append(extent.handle)
             self._pooled_bytes += extent.size_bytes

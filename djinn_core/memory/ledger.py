@@ -29,7 +29,8 @@ class Memory:
 
     `budget_bytes` is what the process may hold on the device: `context_bytes` (the driver's own, measured) and
     `activation_bytes` (reserved for torch's allocator) besides the extents. `pooled_bytes` are extents that no one
-    holds and that are not yet back with the driver; they are part of `free_bytes`.
+    holds and that are not yet back with the driver; they are part of `free_bytes`. What a pass has been promised counts
+    as its session's, a moment before it is created.
     """
 
     budget_bytes: int

@@ -2,7 +2,7 @@
 
 A plan names, for each layer in the order in which the pass will want them, the blocks to map: new ones for the tokens
 to come, ones that come back from the host, ones that a fork shares, and copies of shared tails (copy on write). All
-extents are acquired before the first map, so running out leaves everything as it was. Then each step's are backed and
+extents are acquired before the first map, so running out leaves everything as it was. Then each step's are created and
 mapped with one grant, its copies are issued in one call, in pieces of at most 8 MiB, and an event is recorded behind
 them: the pass goes on as soon as its next layer is issued, and the compute stream waits for that step's event alone.
 While the link is busy the next step is mapped already. A resume's first step is its first layer; later ones are as
@@ -13,8 +13,8 @@ layer as it comes to it: the device would wait for all maps in a row.
 Invariant: a step is committed (tables, places) only when its maps and copies were accepted, so a failure between two
 steps leaves a session whose next try does the rest.
 
-Not taken: mapping inside the cache's `update`, on first touch. It would put a driver call and a possible eviction into
-the middle of a layer.
+Not taken: mapping inside the cache's `update`, on first touch. It would put the driver's calls into the middle of a
+layer, and an eviction too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from djinn_core.device.base import Direction, Event, Stream
-from djinn_core.errors import DeviceError, DjinnError
+from djinn_core.errors import DeviceError, DjinnError, OutOfDeviceMemory
 from djinn_core.sessions.blocks import Block
 from djinn_core.sessions.holding import Holding
 from djinn_core.sessions.wants import Want, Wants
@@ -50,7 +50,7 @@ class BringIn:
         arrival: for each layer the timing event behind its step's copies, None when there is nothing to wait for.
         begun, restored: timing events around the copies.
         bytes: copied so far.
-        cancelled: nothing more is wanted of it; it ends before its next layer.
+        cancelled: nothing more is wanted of it; it ends before its next step.
         by_pass: the pass maps its layers, one by one, as it comes to them.
         followed: a pass relies on it for all that it needs.
         done: nothing more will be issued; `error` says why, if it failed.
@@ -335,7 +335,11 @@ class BringIn:
         pager, holding = self._pager, self.holding
         fresh = [want for want in self._flat() if want.source or want.block.device is None]
         sizes = [want.block.size_bytes for want in fresh]
-        extents = pager.acquire(holding, sizes, self._limit_s) if wait else pager.take_free(holding.id, sizes)
+        promise = not self.prefetch  # nobody waits for one, and one that ended half-way would stay so
+        if wait:
+            extents = pager.acquire(holding, sizes, self._limit_s, promise=promise)
+        else:
+            extents = pager.take_free(holding.id, sizes, promise=promise)
         if extents is None:
             return False
         for want, extent in zip(fresh, extents, strict=True):
@@ -347,9 +351,22 @@ class BringIn:
     def _map(self, layers: list[int]) -> None:
         row = [want for layer in layers for want in self._rows[layer]]
         if row:
-            self._pager.back(self.holding, [want.extent for want in row if want.extent], self._limit_s)
+            self._back(row)
             self.holding.region.map([(want.block.offset, want.extent or want.block.device) for want in row])
         self._ahead = layers
+
+    def _back(self, row: list[Want]) -> None:
+        try:
+            for want in row:
+                if want.extent is not None:
+                    self._pager.pool.back(want.extent)
+        except OutOfDeviceMemory as error:
+            raise OutOfDeviceMemory(
+                f"session {self.holding.id} was promised device memory that others have taken since ({error}); what it "
+                "holds is whole; free some of the device and try again",
+                needed_bytes=error.needed_bytes,
+                free_bytes=error.free_bytes,
+            ) from error
 
     def _issue(self, layers: Sequence[int], stream: Stream) -> Event | None:
         """Fill the mapped blocks of `layers`, then commit them. What is not committed is unmapped by `_release`."""
@@ -420,37 +437,55 @@ class BringIn:
     def _commit(self, want: Want, ready: object) -> Block | None:
         """The block is mapped here now; the one whose place it took. The pager's lock is held."""
         block, holding = want.block, self.holding
+        replaced = None
+        if holding.table not in block.holders:
+            replaced = holding.table.hold(block.layer, block.index, block)
         if want.extent is not None:
-            block.device, want.extent = want.extent, None
+            block.device = want.extent
         if want.lender is None or want.source is not None:
             block.ready = ready
         block.places.add(holding)
         holding.mapped[block.offset] = block
-        replaced = None
-        if holding.table not in block.holders:
-            replaced = holding.table.hold(block.layer, block.index, block)
+        want.extent = None
         block.loading = False
         self._let_go(want)
         return replaced
 
     def _release(self) -> None:
-        """Give back what was claimed and not committed; an extent that cannot be unmapped stays where it is."""
+        """Give back what was claimed and not committed; an extent that cannot be unmapped is left to `Room.sweep`."""
+        holding, region = self.holding, self.holding.region
         try:
-            ahead = [want.block for layer in self._ahead for want in self._rows.get(layer, ())]
-            stale = [block.offset for block in ahead if self.holding.mapped.get(block.offset) is not block]
+            there = region.mapped()
+            left = [
+                want
+                for row in self._rows.values()
+                for want in row
+                if holding.mapped.get(want.block.offset) is not want.block
+            ]
+            stale = [
+                want.block.offset
+                for want in left
+                if (e := want.extent or want.block.device) and there.get(want.block.offset) is e
+            ]
             if stale:
-                self.holding.region.unmap(stale)
-            self._ahead = []
+                region.unmap(stale)
         finally:
+            there = region.mapped()
             with self._pager.lock:
-                rows, self._rows = self._rows, {}
-                self.holding.displacing = False
-                for layer, row in rows.items():
-                    for want in row:
-                        want.block.loading = False
-                        self._let_go(want)
-                        if want.extent is not None and layer not in self._ahead:
-                            self._pager.pool.give_back(want.extent)
+                rows, self._rows, self._ahead = self._rows, {}, []
+                holding.displacing = False
+                for want in [want for row in rows.values() for want in row]:
+                    want.block.loading = False
+                    self._let_go(want)
+                    if want.extent is None:
+                        continue
+                    if want.block.device is want.extent:  # it was interrupted in `_commit`
+                        want.block.device = want.block.ready = None
+                        want.block.places.discard(holding)
+                    if there.get(want.block.offset) is want.extent:
+                        holding.stale[want.block.offset] = want.extent
+                    else:
+                        self._pager.pool.give_back(want.extent)
                 self._pager.lock.notify_all()
 
     def _let_go(self, want: Want) -> None:

@@ -16,6 +16,7 @@ from djinn_core.sessions.blocks import Block, BlockTable, Layout
 from djinn_core.sessions.state import SessionState, transition
 
 if TYPE_CHECKING:
+    from djinn_core.memory.extents import Extent
     from djinn_core.sessions.behind import Behind
     from djinn_core.sessions.bringin import BringIn
     from djinn_core.sessions.checkpoint import Boundary, Checkpoint
@@ -46,6 +47,7 @@ class Holding:
         prefetch_failed: bringing it in early went wrong; it is not tried again before its next pause.
         pins: others that read its mapped blocks now.
         user, user_thread: held by the one caller who uses the session, and the thread that he is.
+        stale: extents by offset that a bring-in mapped, did not use and could not unmap; they are of nobody else.
         found_clean: it was, and neither has its state changed since nor has the host given up a copy of it.
         displacing: blocks of its own have to go before they are copied; nobody borrows from it meanwhile.
         trouble: why the last write-back did not succeed; it is tried again at the next pause or eviction.
@@ -74,6 +76,7 @@ class Holding:
         self.leaving = 0
         self.pins = 0
         self.found_clean = False
+        self.stale: dict[int, Extent] = {}
         self.last_use_s = time.monotonic()
         self.expected_resume_s: float | None = None
         self.prefetch_failed = False

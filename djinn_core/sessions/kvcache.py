@@ -5,7 +5,7 @@ length when a pass begins; a pass that resumes after layer L would otherwise see
 others, and shift positions and masks. Lengths move only when the pass has ended, all at once.
 
 `update` writes the new K and V behind the old ones and returns views [B, H_kv, T, D] of a token-major span; nothing is
-allocated and nothing is mapped here, all of that was done before the pass began. A sliding-window layer keeps every
+allocated and nothing is mapped here, all of that was done before the layer began. A sliding-window layer keeps every
 token and returns what the stock one returns: the last window - 1 and the new ones.
 
 Not taken: subclassing DynamicLayer. Its `keys` are its state, and other code crops, reorders and offloads them.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from djinn_core.device.base import Device, Event
@@ -212,10 +212,13 @@ class Room:
         return sum(extent.size_bytes for extent in free)
 
     def sweep(self, holding: Holding) -> None:
-        """Unmap what a bring-in had mapped ahead and could not unmap. Nothing is being brought in."""
+        """Unmap what a bring-in had mapped and could not unmap. Nothing is being brought in."""
         stale = [offset for offset in holding.region.mapped() if offset not in holding.mapped]
-        for extent in holding.region.unmap(stale) if stale else ():
-            self.pool.give_back(extent)
+        if stale:
+            holding.region.unmap(stale)
+        for offset in stale:
+            if (own := holding.stale.pop(offset, None)) is not None:
+                self.pool.give_back(own)
 
     def _settle_device(self, holding: Holding) -> None:
         """Nothing queued on the device touches this session's memory any more.
@@ -245,61 +248,40 @@ class Room:
                 ):  # others leave too, without being asked
                     raise full
 
-    def take_free(self, owner: str, sizes: Sequence[int]) -> list[Extent] | None:
-        """Extents of all `sizes` out of what is free now, not backed yet, or None and nothing taken."""
+    def take_free(self, owner: str, sizes: Sequence[int], *, promise: bool) -> list[Extent] | None:
+        """Extents of all `sizes` out of what is free now, or None and nothing taken. `promise`: as the pool says."""
         with self._taking:
             if sum(sizes) > self.pool.free_bytes:
                 return None
-            got: list[Extent] = []
             try:
-                for size_bytes in sizes:
-                    got.append(self.pool.acquire(size_bytes, Kind.KV, owner, lazy=True))
-            except BaseException as error:
-                for extent in got:
-                    self.pool.give_back(extent)
-                if isinstance(error, OutOfDeviceMemory):
-                    return None
-                raise
-        return got
+                return self.pool.acquire_all(sizes, Kind.KV, owner, promise=promise)
+            except OutOfDeviceMemory:
+                return None
 
-    def acquire(self, holding: Holding, sizes: Sequence[int], limit_s: float | None = None) -> list[Extent]:
-        """Extents of all `sizes`, or none, not backed yet. Paused sessions make room; with `limit_s` only later ones.
+    def acquire(self, holding: Holding, sizes: Sequence[int], limit_s: float | None, *, promise: bool) -> list[Extent]:
+        """Extents of all `sizes`, or none. Paused sessions make room; with `limit_s` only ones expected later.
 
         Raises:
             OutOfDeviceMemory: what is left belongs to running sessions; nothing changed for them.
         """
-        if (got := self.take_free(holding.id, sizes)) is not None:
+        if (got := self.take_free(holding.id, sizes, promise=promise)) is not None:
             return got
         needed_bytes = sum(sizes)
         with self._acquiring:
             while True:
                 short = self.pool.free_bytes < needed_bytes
-                if (got := self.take_free(holding.id, sizes)) is not None:
+                if (got := self.take_free(holding.id, sizes, promise=promise)) is not None:
                     return got
                 short = short or self.pool.free_bytes < needed_bytes
                 made = self._make_room(needed_bytes, holding, limit_s)
                 if not (made or (short and self.pool.free_bytes >= needed_bytes)):  # as above
+                    others = "others fill the device, " if self.pool.free_bytes >= needed_bytes else ""
                     raise OutOfDeviceMemory(
-                        f"session {holding.id} needs {needed_bytes:,} bytes more, and no other paused session can "
-                        "leave the device; pause or close one and try again",
+                        f"session {holding.id} needs {needed_bytes:,} bytes more, {others}and no other paused session "
+                        "can leave the device; pause or close one and try again",
                         needed_bytes=needed_bytes,
                         free_bytes=max(0, self.pool.free_bytes),
                     )
-
-    def back(self, holding: Holding, extents: Iterable[Extent], limit_s: float | None = None) -> None:
-        """See to it that there is memory behind `extents`. Where others fill the device, paused sessions leave for it.
-
-        Raises:
-            OutOfDeviceMemory: no paused session can; what is backed stays so.
-        """
-        for extent in extents:
-            while extent.handle is None:
-                try:
-                    self.pool.back(extent)
-                except OutOfDeviceMemory:
-                    with self._acquiring:
-                        if not self._make_room(self.pool.free_bytes + extent.size_bytes, holding, limit_s):
-                            raise
 
     def resize(self, budget_bytes: int) -> None:
         """Another budget for the pool. Where sessions hold more than a smaller one, paused ones leave.
@@ -331,7 +313,10 @@ class Room:
         freed_any = False
         while self.pool.free_bytes < needed_bytes or not freed_any:
             candidates = self._candidates(keep, limit_s, tried)
-            chosen = [n for n in self._choose(candidates, needed_bytes - self.pool.free_bytes) if n not in tried]
+            missing_bytes = max(
+                1, needed_bytes - self.pool.free_bytes
+            )  # none where others fill the device: someone leaves
+            chosen = [n for n in self._choose(candidates, missing_bytes) if n not in tried]
             if not chosen:
                 break
             for name in chosen:

@@ -139,7 +139,8 @@ class Session:
 
         Raises:
             SessionStateError: the session is paused, stopped in a pass, or would grow past its `max_length`.
-            OutOfDeviceMemory: running sessions leave no room; the session is whole, try again after pausing one.
+            OutOfDeviceMemory: running sessions, or others on the device, leave no room; the session is whole, try again
+                after pausing one.
         """
         with self._use("run"):
             self._need_running("run")

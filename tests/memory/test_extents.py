@@ -146,14 +146,19 @@ def test_threads_never_pass_the_budget(cpu_device):
     assert cpu_device.used_bytes() == 0
 
 
-def test_what_is_acquired_lazily_is_promised_and_created_when_it_is_backed(device, make_pool):
+def promised(pool, size_bytes, owner="a"):
+    (extent,) = pool.acquire_all([size_bytes], Kind.KV, owner, promise=True)
+    return extent
+
+
+def test_what_is_promised_is_held_and_created_when_it_is_asked_for(device, make_pool):
     unit = device.granularity_bytes
-    pool = make_pool(4)
+    pool = make_pool(4, reserve_bytes=2 * unit)
     before = device.used_bytes()
-    extents = [pool.acquire(2 * unit, Kind.KV, "a", lazy=True) for _ in range(2)]
+    extents = pool.acquire_all([2 * unit, 2 * unit - 1], Kind.KV, "a", promise=True)
     assert (pool.held_bytes, device.used_bytes() - before) == (4 * unit, 0)
     with pytest.raises(OutOfDeviceMemory, match="budget"):
-        pool.acquire(unit, Kind.KV, "b", lazy=True)
+        promised(pool, unit, "b")
     for _ in range(2):
         pool.back(extents[0])
     if not device.is_gpu:
@@ -161,17 +166,17 @@ def test_what_is_acquired_lazily_is_promised_and_created_when_it_is_backed(devic
     for extent in extents:
         pool.give_back(extent)
     assert (pool.held_bytes, pool.free_bytes) == (0, 4 * unit)
-    assert pool.pooled_bytes <= 2 * unit  # of the one that was backed
+    assert pool.pooled_bytes == 2 * unit  # of the one that had been created
     with pytest.raises(UsageError, match="given back before"):
         pool.give_back(extents[1])
 
 
-def test_a_pooled_extent_is_taken_when_it_is_acquired_and_when_it_is_backed(cpu_device):
+def test_a_pooled_extent_is_taken_when_it_is_promised_and_when_it_is_asked_for(cpu_device):
     pool = ExtentPool(cpu_device, 4 * UNIT, reserve_bytes=4 * UNIT)
-    first, second = pool.acquire(UNIT, Kind.KV, "a"), pool.acquire(UNIT, Kind.KV, "a", lazy=True)
+    first, second = pool.acquire(UNIT, Kind.KV, "a"), promised(pool, UNIT)
     handle = first.handle
     pool.give_back(first)
-    third = pool.acquire(UNIT, Kind.KV, "a", lazy=True)
+    third = promised(pool, UNIT)
     assert (second.handle, third.handle) == (None, handle)
     pool.give_back(third)
     pool.back(second)
@@ -180,10 +185,29 @@ def test_a_pooled_extent_is_taken_when_it_is_acquired_and_when_it_is_backed(cpu_
     pool.close()
 
 
-def test_a_device_that_others_fill_refuses_to_back_and_the_extent_stays_promised():
+def test_no_more_is_promised_than_the_device_has_room_for():
+    """What others hold counts, and so do promises that are still to be kept; the rest is created at once."""
+    device = open_device("cpu", capacity_bytes=8 * UNIT)
+    pool = ExtentPool(device, 8 * UNIT)
+    others = device.create(4 * UNIT)
+    first, second = promised(pool, 2 * UNIT), promised(pool, UNIT)
+    third, fourth = pool.acquire_all([UNIT, UNIT // 2], Kind.KV, "b", promise=True)
+    assert [extent.handle is None for extent in (first, second, third, fourth)] == [True, True, False, False]
+    with pytest.raises(OutOfDeviceMemory, match="others use it"):
+        pool.acquire_all([UNIT, 2 * UNIT], Kind.KV, "c", promise=True)
+    assert pool.held_bytes == 5 * UNIT, "none of both is held"
+    device.destroy(others)
+    for extent in (first, second, third, fourth):
+        pool.back(extent)
+        pool.give_back(extent)
+    pool.close()
+    device.close()
+
+
+def test_a_promise_that_others_make_impossible_is_an_error_and_stays_a_promise():
     device = open_device("cpu", capacity_bytes=4 * UNIT)
     pool = ExtentPool(device, 4 * UNIT)
-    extent = pool.acquire(2 * UNIT, Kind.KV, "a", lazy=True)
+    extent = promised(pool, 2 * UNIT)
     others = device.create(3 * UNIT)
     with pytest.raises(OutOfDeviceMemory, match="others use it"):
         pool.back(extent)
@@ -212,12 +236,12 @@ class PoolMachine(RuleBasedStateMachine):
         granules=st.integers(1, 6),
         kind=st.sampled_from(Kind),
         owner=st.sampled_from("abc"),
-        lazy=st.booleans(),
+        promise=st.booleans(),
     )
     @precondition(lambda self: sum(self.held.values()) <= 18 * UNIT)
-    def acquire(self, granules, kind, owner, lazy):
-        extent = self.pool.acquire(granules * UNIT - 5, kind, owner, lazy=lazy)
-        assert lazy or extent.handle is not None
+    def acquire(self, granules, kind, owner, promise):
+        (extent,) = self.pool.acquire_all([granules * UNIT - 5], kind, owner, promise=promise)
+        assert promise or extent.handle is not None
         self.held[extent] = granules * UNIT
         return extent
 

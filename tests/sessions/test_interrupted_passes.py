@@ -131,10 +131,10 @@ def test_ctrl_c_in_a_resume_that_waits_for_a_prefetch(rig: Rig, monkeypatch) -> 
     pager = rig.sessions.pager
     asked, go_on, acquire = threading.Event(), threading.Event(), pager.acquire
 
-    def slow(holding, sizes, limit_s=None):
+    def slow(*args, **options):
         asked.set()
         go_on.wait(10)
-        return acquire(holding, sizes, limit_s)
+        return acquire(*args, **options)
 
     monkeypatch.setattr(pager, "acquire", slow)
     session.prefetch()

@@ -29,7 +29,7 @@ def gone_on_and_away(rig: Rig) -> tuple[Session, torch.Tensor]:
 def fail_to_go_back(rig: Rig, session: Session, monkeypatch) -> None:
     """A resume of its first checkpoint that fails before the pass begins."""
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise DeviceError("no extents today")
 
     with monkeypatch.context() as patch, pytest.raises(DeviceError):

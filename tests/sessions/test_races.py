@@ -171,7 +171,7 @@ def test_a_prefetch_that_fails_under_a_resume_leaves_it_resumed(make_rig: MakeRi
     session.wait_until("released", 10)
     asked, go_on, acquire = threading.Event(), threading.Event(), pager.acquire
 
-    def refuse_ahead(holding, sizes, limit_s=None):
+    def refuse_ahead(holding, sizes, limit_s=None, **options):
         if threading.current_thread().name == "djinn-ahead":
             asked.set()
             assert go_on.wait(10)
@@ -179,7 +179,7 @@ def test_a_prefetch_that_fails_under_a_resume_leaves_it_resumed(make_rig: MakeRi
         return acquire(holding, sizes, limit_s)
 
     monkeypatch.setattr(pager, "acquire", refuse_ahead)
-    monkeypatch.setattr(pager, "take_free", lambda owner, sizes: None)
+    monkeypatch.setattr(pager, "take_free", lambda owner, sizes, **options: None)
     session.prefetch()
     assert asked.wait(10)
     monkeypatch.undo()
@@ -230,7 +230,9 @@ def test_who_makes_room_does_not_wait_for_a_session_that_waits_for_him(make_rig:
     monkeypatch.setattr(
         pager,
         "take_free",
-        lambda owner, sizes: None if threading.current_thread().name == "djinn-link" else take_free(owner, sizes),
+        lambda *args, **options: (
+            None if threading.current_thread().name == "djinn-link" else take_free(*args, **options)
+        ),
     )
     other.resume()  # the thread that makes room chooses the victim
     assert chosen.wait(10)
@@ -464,8 +466,8 @@ def test_who_makes_room_looks_again_before_waiting(make_rig: MakeRig, monkeypatc
         stop_once()
         return wait_issued(self, **how)
 
-    def none_for_the_link(owner, sizes):
-        return None if threading.current_thread().name == "djinn-link" else take_free(owner, sizes)
+    def none_for_the_link(owner, sizes, **options):
+        return None if threading.current_thread().name == "djinn-link" else take_free(owner, sizes, **options)
 
     wait_issued = Holding.wait_issued
     monkeypatch.setattr(Holding, "wait_issued", late_issued)

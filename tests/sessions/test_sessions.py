@@ -344,18 +344,25 @@ def test_a_paused_session_leaves_when_others_fill_the_device_within_the_budget(m
 @pytest.mark.parametrize("doing", ["forward", "resume"])
 def test_a_device_that_others_fill_in_the_middle_of_a_pass_leaves_the_session_whole(make_rig: MakeRig, doing) -> None:
     rig = make_rig(device_bytes=8 << 20)
-    session = rig.open()
+    session, others = rig.open(), []
     wanted = Oracle(rig.stock).forward(prompt())
     if doing == "resume":
         session.forward(prompt(), stop_after=1)
         session.pause(release=True)
         session.wait_until("released", 10)
         rig.pool.trim()
-    others = fill(rig.device, 2 * rig.device.granularity_bytes)
+
+    def fill_now(*_: object) -> None:
+        others.extend(fill(rig.device, 0))
+
+    hook = rig.served.model.layers[2].register_forward_pre_hook(fill_now)
     before = rig.executed
-    with pytest.raises(OutOfDeviceMemory, match="others use it"):
+    with pytest.raises(
+        OutOfDeviceMemory, match=rf"session {session.id} was promised .* whole; free some of the device"
+    ):
         getattr(session, doing)(*(() if doing == "resume" else (prompt(),)))
-    assert sum(rig.executed) > sum(before), "it ran out behind the first layer"
+    hook.remove()
+    assert sum(rig.executed) > sum(before), "it ran out behind a layer"
     for handle in others:
         rig.device.destroy(handle)
     if doing == "resume":
@@ -363,6 +370,34 @@ def test_a_device_that_others_fill_in_the_middle_of_a_pass_leaves_the_session_wh
     else:
         assert session.length == 0
         assert torch.equal(session.forward(prompt()), wanted)
+
+
+def done(job) -> None:
+    """Wait for a bring-in's end; `wait_issued` would cancel a prefetch."""
+    with job.changed:
+        assert job.changed.wait_for(lambda: job.done, 10)
+
+
+def test_a_prefetch_is_promised_nothing(make_rig: MakeRig) -> None:
+    """What others have filled is found out before its first layer, so that it leaves nothing half-way."""
+    rig = make_rig(device_bytes=8 << 20)
+    session = rig.open()
+    session.forward(prompt())
+    session.pause(release=True)
+    session.wait_until("released", 10)
+    rig.pool.trim()
+    others = fill(rig.device, 2 * rig.device.granularity_bytes)
+    session.prefetch()
+    (job,) = session._holding.jobs
+    done(job)
+    assert job.error is not None and session.state is SessionState.SWAPPED and session.device_bytes == 0
+    for handle in others:
+        rig.device.destroy(handle)
+    session.prefetch()
+    (job,) = session._holding.jobs
+    done(job)
+    assert job.error is None and session.state is SessionState.PAUSED
+    assert session.device_bytes == 4 * rig.device.granularity_bytes
 
 
 def test_breakpoints_in_generation(rig: Rig) -> None:

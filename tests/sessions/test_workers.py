@@ -177,7 +177,9 @@ def test_at_a_boundary(rig: Rig, monkeypatch, error) -> None:
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("call", ["device.copy", "device.map", "device.grant", "device.bind_thread", "pool.acquire"])
+@pytest.mark.parametrize(
+    "call", ["device.copy", "device.map", "device.grant", "device.bind_thread", "pool.acquire_all"]
+)
 @pytest.mark.parametrize("stop_after", [None, 2])
 def test_in_the_thread_that_issues(rig: Rig, monkeypatch, call, error, stop_after) -> None:
     session, ids, wanted = begun(rig, 1, stop_after)
@@ -195,7 +197,7 @@ def test_in_the_thread_that_issues(rig: Rig, monkeypatch, call, error, stop_afte
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("call", ["tiers.fetch", "disk.read", "host.allocate", "pool.acquire"])
+@pytest.mark.parametrize("call", ["tiers.fetch", "disk.read", "host.allocate", "pool.acquire_all"])
 @pytest.mark.parametrize("stop_after", [None, 2])
 def test_in_the_thread_that_waits(make_rig: MakeRig, monkeypatch, call, error, stop_after) -> None:
     """What lies on disk is read by the other worker."""
