@@ -41,11 +41,12 @@ $(PROJECT): $(LOCKED) pyproject.toml
 	@$(PIP) install --no-build-isolation --no-deps --editable .
 	@rm -f $(VENV)/.project-* && touch $@
 
-# A rival's part; without it set-up is whole, and the experiment that needs it says what is missing.
+# A rival's part; without it set-up is whole, and the experiment that needs it says what is missing. Each job takes about
+# 2 GB of memory, so that one for each core would be too many for a laptop.
 $(ASYNC_IO): | $(PROJECT)
 	@if echo '#include <libaio.h>' | $(CXX) -E -x c++ - >/dev/null 2>&1; then \
 		echo "set-up: building DeepSpeed's async_io (minutes, the first time)"; \
-		python -m workflow.scripts.streaming_systems.deepspeed_peers || exit 0; \
+		MAX_JOBS=$${MAX_JOBS:-2} python -m workflow.scripts.streaming_systems.deepspeed_peers || exit 0; \
 		rm -f $(VENV)/.async_io-* && touch $@; \
 	fi
 

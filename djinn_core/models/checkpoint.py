@@ -16,6 +16,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from djinn_core.errors import ConfigError, WeightsError
+from djinn_core.models.folder import INDEX, weights_file
 from djinn_core.models.identity import config_digest, dtype_name
 from djinn_core.models.safetensor_file import READ_BYTES, SafetensorFile, StoredTensor
 from djinn_core.models.seeded import check_destination
@@ -104,17 +105,8 @@ def _read_generation_config(folder: Path) -> GenerationConfig | None:
 
 def _read_headers(folder: Path) -> dict[str, StoredTensor]:
     """Every stored tensor: of model.safetensors, or of all the shards in model.safetensors.index.json."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return _read_shards(index)
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return SafetensorFile(single).tensors
-    others = sorted(path.name for path in folder.iterdir() if path.suffix in {".safetensors", ".bin", ".pth", ".pt"})
-    raise WeightsError(
-        f"{folder} holds neither model.safetensors nor model.safetensors.index.json"
-        + (f", only {', '.join(others[:5])}; convert it to safetensors" if others else "")
-    )
+    file = weights_file(folder)
+    return _read_shards(file) if file.name == INDEX else SafetensorFile(file).tensors
 
 
 def _read_shards(index: Path) -> dict[str, StoredTensor]:

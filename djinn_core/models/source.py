@@ -7,17 +7,15 @@ then read once, straight into its final place; the host never holds a second cop
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from djinn_core.errors import ConfigError
 from djinn_core.models.checkpoint import CheckpointSource
+from djinn_core.models.folder import find_folder, is_hub_id
 from djinn_core.models.identity import as_dtype
 from djinn_core.models.seeded import SeededSource
 
@@ -78,16 +76,20 @@ def open_source(
     dtype = None if dtype is None else as_dtype(dtype)
     if isinstance(source, PretrainedConfig):
         return _seeded(source, dtype, seed)
+    folder = find_folder(source)
+    if folder is not None:
+        return CheckpointSource(folder, dtype=dtype)
     path = Path(source).expanduser()
-    if path.is_dir():
-        return CheckpointSource(path, dtype=dtype)
     if path.suffix == ".json":
         return _seeded(read_config(path), dtype, seed)
     name = str(source)
     if name in architectures():
         return _seeded(read_config(architectures()[name]), dtype, seed)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return CheckpointSource(_cached(name), dtype=dtype)
+    if is_hub_id(name):
+        raise ConfigError(
+            f"model {name!r} is no folder and not in the local Hugging Face cache; "
+            f"download it there first, or name one of the architectures {', '.join(architectures())}"
+        )
     raise ConfigError(
         f"model {name!r} is neither a folder, a JSON file nor one of the architectures {', '.join(architectures())}"
     )
@@ -123,13 +125,3 @@ def read_config(path: Path) -> PretrainedConfig:
 
 def _seeded(config: PretrainedConfig, dtype: torch.dtype | None, seed: int) -> SeededSource:
     return SeededSource(config, dtype=dtype or config.dtype or torch.float32, seed=seed)
-
-
-def _cached(hub_id: str) -> Path:
-    try:
-        return Path(snapshot_download(hub_id, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError) as error:
-        raise ConfigError(
-            f"model {hub_id!r} is no folder and not in the local Hugging Face cache; "
-            f"download it there first, or name one of the architectures {', '.join(architectures())}"
-        ) from error

@@ -36,7 +36,7 @@ def test_the_current_directory_goes_first(tmp_path, monkeypatch):
     assert "llama-2-13b" in architectures()
 
 
-@pytest.mark.parametrize("source", ["no-such-model", "no/such/folder/at/all", Path("nowhere")])
+@pytest.mark.parametrize("source", ["no-such-model", "no/such/folder/at/all", "./absent", Path("nowhere")])
 def test_an_unknown_model_is_refused_with_what_there_is(source):
     with pytest.raises(ConfigError, match=r"neither a folder.*tiny-llama"):
         open_source(source)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +66,22 @@ def test_a_preset_without_an_experiment_is_a_graph_without_it() -> None:
         ),
         ("resume.prompt_tokens=2048", ["resume.prompt_tokens: 2048 leaves no room", "up to 2047"]),
         ("streaming.model.name=llama", ["streaming.model.name: no architecture 'llama'", "allowed:", "small-llama"]),
+        (
+            "streaming.model.path=no/such/folder",
+            [
+                "presets/cpu.yaml: streaming.model.path: 'no/such/folder': no such folder, and no hub id either",
+                "allowed: null, a folder with config.json and safetensors, or a hub id (owner/name) in the local cache",
+            ],
+        ),
+        (
+            "resume.model.path=nobody/none",
+            ["resume.model.path: 'nobody/none': ", "not in the local Hugging Face cache"],
+        ),
+        ("pressure.model.path=~nobody-here/x", ["pressure.model.path: '~nobody-here/x': ", "allowed: null"]),
+        ("streaming.model.path=config/models", ["streaming.model.path: ", "neither model.safetensors nor", "allowed:"]),
+        ("streaming.model.path=config/models/gpt2.json", ["streaming.model.path: ", "no hub id either"]),
+        ("streaming.model.path=''", ["streaming.model.path: "]),
+        ("streaming.model.path=7", ["streaming.model.path: 7 is not of type"]),
         ("streaming.runs=2", ["streaming.runs: 2 is less than the minimum of 3"]),
         ("machine.limits.drift_allowed=2", ["machine.limits.drift_allowed: 2 is greater than the maximum of 1"]),
         ("nowhere.x=1", ["there is no section 'nowhere'"]),
@@ -74,6 +93,73 @@ def test_wrong_settings_are_refused(override: str, said: list[str]) -> None:
         load_config("cpu", [override])
     for words in said:
         assert words in str(refusal.value)
+
+
+def checkpoint(folder: Path, **fields: object) -> Path:
+    """A folder that has what is looked for without reading weights."""
+    folder.mkdir(parents=True)
+    architecture = json.loads((ROOT / "config" / "models" / "small-llama.json").read_text())
+    (folder / "config.json").write_text(json.dumps(architecture | fields))
+    (folder / "model.safetensors").touch()
+    return folder
+
+
+def hub_checkpoint(cache: Path, **fields: object) -> None:
+    """The hub id djinn/deep in a cache."""
+    repository = cache / "models--djinn--deep"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    checkpoint(repository / "snapshots" / ("0" * 40), **fields)
+
+
+def test_a_checkpoint_is_found_and_the_settings_are_held_to_its_shape(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    checkpoint(tmp_path / "deep", num_hidden_layers=12)
+    hub_checkpoint(tmp_path / "hub", num_hidden_layers=12)
+    for path in (str(tmp_path / "deep"), "~/deep", "djinn/deep"):
+        override = f"pressure.model.path={path}"
+        assert load_config("cpu", [override, "pressure.layer=12"])["pressure"]["model"]["path"] == path
+        with pytest.raises(SettingsError, match=r"layer 13 is out of range; .* allows 1 to 12"):
+            load_config("cpu", [override, "pressure.layer=13"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [(None, "No such file"), ("{", "Expecting"), ("[]", "no `model_type`"), ("{}", "no `model_type`")]
+)
+def test_a_checkpoint_without_a_config_is_refused(tmp_path: Path, text: str | None, said: str) -> None:
+    config_file = checkpoint(tmp_path / "broken") / "config.json"
+    config_file.unlink() if text is None else config_file.write_text(text)
+    with pytest.raises(SettingsError, match=f"streaming.model.path: .*{said}.*; allowed: null, a folder"):
+        load_config("cpu", [f"streaming.model.path={tmp_path / 'broken'}"])
+
+
+def test_settings_are_read_without_torch(tmp_path: Path) -> None:
+    hub_checkpoint(tmp_path)
+    code = (
+        "import sys; from workflow.lib.config import load_config; load_config('cpu'); "
+        "assert not {'torch', 'huggingface_hub'} & set(sys.modules); "
+        "load_config('cpu', ['streaming.model.path=djinn/deep']); assert 'torch' not in sys.modules"
+    )
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=100)
+
+
+def test_the_pipeline_refuses_a_wrong_path_before_any_rule(tmp_path: Path) -> None:
+    for name in ("config", "djinn_core", "workflow"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "Snakefile", tmp_path)
+    preset = tmp_path / "config" / "presets" / "cpu.yaml"
+    preset.write_text(preset.read_text().replace("small-llama, path: null", "small-llama, path: ./absent", 1))
+    command = [sys.executable, "-m", "snakemake", "-n", "--config", "run=cpu", "--", "all"]
+    refused = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert refused.returncode != 0
+    assert (
+        "cpu.yaml: streaming.model.path: './absent': no such folder, and no hub id either"
+        in refused.stdout + refused.stderr
+    )
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:

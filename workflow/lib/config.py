@@ -18,6 +18,8 @@ import jsonschema
 import pynvml
 import yaml
 
+from djinn_core.errors import WeightsError
+from djinn_core.models.folder import find_folder, is_hub_id, weights_file
 from workflow.lib import models
 from workflow.lib.results import schema
 
@@ -26,6 +28,7 @@ CONFIG = ROOT / "config"
 EXPERIMENTS = ("certify", "streaming", "resume", "pressure")
 # from the largest to the smallest: `auto` takes the first that fits the machine; other presets are taken by name
 PRESETS = ("h200", "h100", "l4", "cpu")
+CHECKPOINTS = "null, a folder with config.json and safetensors, or a hub id (owner/name) in the local cache"
 
 
 class SettingsError(Exception):
@@ -160,6 +163,8 @@ def check(settings: dict[str, Any], where: str) -> None:
         raise SettingsError(f"{where}: {explain(error)}")
     for experiment in EXPERIMENTS:
         if "model" in settings.get(experiment, {}):
+            if settings[experiment]["model"]["path"] is not None:
+                check_path(experiment, settings[experiment]["model"]["path"], where)
             check_against_model(experiment, settings[experiment], where)
 
 
@@ -181,6 +186,21 @@ def hint(unknown: str, allowed: list[str]) -> str:
         return f", the unit belongs to the name: {' or '.join(with_unit)}"
     near = difflib.get_close_matches(unknown, allowed, n=1)
     return f", did you mean {near[0]}?" if near else ""
+
+
+def check_path(experiment: str, path: str, where: str) -> None:
+    """A checkpoint that `djinn.load` finds, with a config and weights; what is in them is checked when it loads."""
+    try:
+        folder = find_folder(path)
+        if folder is None:
+            said = "not in the local Hugging Face cache, download it first" if is_hub_id(path) else "no hub id either"
+            raise FileNotFoundError(f"no such folder, and {said}")
+        weights_file(folder)
+        config = json.loads((folder / "config.json").read_text())
+        if not isinstance(config, dict) or "model_type" not in config:
+            raise ValueError(f"{folder / 'config.json'} has no `model_type`")
+    except (WeightsError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~NAME of nobody
+        raise SettingsError(f"{where}: {experiment}.model.path: {path!r}: {error}; allowed: {CHECKPOINTS}") from error
 
 
 def check_against_model(experiment: str, settings: dict[str, Any], where: str) -> None:

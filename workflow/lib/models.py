@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from djinn_core.models.folder import find_folder
+
 ARCHITECTURES = Path(__file__).resolve().parents[2] / "config" / "models"
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma")
@@ -33,10 +35,10 @@ class Shape:
 
 
 def architecture(model: dict[str, Any]) -> dict[str, Any] | None:
-    """The `config.json` of a preset's model: its folder's, else config/models/NAME.json; None for a hub id."""
+    """The `config.json` of a preset's model: its checkpoint's (None without one), else config/models/NAME.json."""
     if model.get("path"):
-        file = Path(model["path"]) / "config.json"
-        return json.loads(file.read_text()) if file.is_file() else None
+        folder = find_folder(model["path"])
+        return json.loads((folder / "config.json").read_text()) if folder is not None else None
     return json.loads((ARCHITECTURES / f"{model['name']}.json").read_text())
 
 
