@@ -5,13 +5,14 @@ Invariant: `mapped()` is what the device has mapped. A failed call is undone bef
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 
 import torch
 
 from djinn_core.device.base import Device
-from djinn_core.errors import UsageError
+from djinn_core.errors import DeviceError, UsageError
 from djinn_core.memory.extents import Extent
 
 
@@ -48,18 +49,23 @@ class Region:
         """
         self._check_open()
         added: list[int] = []
+        mapped = 0
         try:
             for offset, extent in pieces:
                 self._check_place(offset, extent.size_bytes)
-                self._device.map(self.address + offset, extent.handle, extent.size_bytes)
+                added.append(offset)  # before the call, so that what interrupts it is undone as well
                 self._extents[offset] = extent
                 insort(self._offsets, offset)
-                added.append(offset)
+                self._device.map(self.address + offset, extent.handle, extent.size_bytes)
+                mapped += 1
             for start, size_bytes in self._spans(added):
                 self._device.grant(self.address + start, size_bytes)
         except BaseException:
             for offset in reversed(added):
-                self._device.unmap(self.address + offset, self._extents[offset].size_bytes)
+                refused = contextlib.suppress(DeviceError) if offset in added[mapped:] else contextlib.nullcontext()
+                with refused:
+                    if offset in self._extents:
+                        self._device.unmap(self.address + offset, self._extents[offset].size_bytes)
                 self._forget(offset)
             raise
 
@@ -90,6 +96,10 @@ class Region:
     def mapped(self) -> dict[int, Extent]:
         """Extents by offset, in order."""
         return {offset: self._extents[offset] for offset in self._offsets}
+
+    def at(self, offset: int) -> Extent | None:
+        """The extent that is mapped at this very offset."""
+        return self._extents.get(offset)
 
     def view(self, offset_bytes: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A contiguous tensor over this place; it need not be mapped yet."""
@@ -126,8 +136,10 @@ class Region:
             raise UsageError(f"offset {offset} + {size_bytes} has something mapped already")
 
     def _forget(self, offset: int) -> None:
-        del self._extents[offset]
-        del self._offsets[bisect_left(self._offsets, offset)]
+        self._extents.pop(offset, None)
+        at = bisect_left(self._offsets, offset)
+        if self._offsets[at : at + 1] == [offset]:
+            del self._offsets[at]
 
     def _spans(self, offsets: Iterable[int]) -> list[tuple[int, int]]:
         spans: list[tuple[int, int]] = []

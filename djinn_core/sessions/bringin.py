@@ -453,40 +453,34 @@ class BringIn:
 
     def _release(self) -> None:
         """Give back what was claimed and not committed; an extent that cannot be unmapped is left to `Room.sweep`."""
-        holding, region = self.holding, self.holding.region
+        holding, wants = self.holding, self._flat()
+        left = [want for want in wants if holding.mapped.get(want.block.offset) is not want.block]
         try:
-            there = region.mapped()
-            left = [
-                want
-                for row in self._rows.values()
-                for want in row
-                if holding.mapped.get(want.block.offset) is not want.block
-            ]
-            stale = [
-                want.block.offset
-                for want in left
-                if (e := want.extent or want.block.device) and there.get(want.block.offset) is e
-            ]
-            if stale:
-                region.unmap(stale)
+            if stale := [want.block.offset for want in left if self._is_there(want)]:
+                holding.region.unmap(stale)
         finally:
-            there = region.mapped()
             with self._pager.lock:
-                rows, self._rows, self._ahead = self._rows, {}, []
+                self._rows, self._ahead = {}, []
                 holding.displacing = False
-                for want in [want for row in rows.values() for want in row]:
+                for want in wants:
                     want.block.loading = False
                     self._let_go(want)
+                for want in left:
                     if want.extent is None:
                         continue
                     if want.block.device is want.extent:  # it was interrupted in `_commit`
                         want.block.device = want.block.ready = None
                         want.block.places.discard(holding)
-                    if there.get(want.block.offset) is want.extent:
+                    if self._is_there(want):
                         holding.stale[want.block.offset] = want.extent
                     else:
                         self._pager.pool.give_back(want.extent)
                 self._pager.lock.notify_all()
+
+    def _is_there(self, want: Want) -> bool:
+        """It is mapped, committed or not."""
+        extent = want.extent or want.block.device
+        return extent is not None and self.holding.region.at(want.block.offset) is extent
 
     def _let_go(self, want: Want) -> None:
         """Whoever was read from may move again. The pager's lock is held."""

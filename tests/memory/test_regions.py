@@ -127,6 +127,30 @@ def test_a_failed_map_leaves_nothing_mapped_and_can_be_retried(cpu_device, call,
     pool.close()
 
 
+@pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
+def test_an_interrupt_in_the_call_leaves_nothing_mapped(cpu_device, monkeypatch, done):
+    unit = cpu_device.granularity_bytes
+    pool, region = ExtentPool(cpu_device, 16 * unit), Region(cpu_device, 8 * unit)
+    extents = take(pool, cpu_device, 1, 1)
+    calls, plain = [], cpu_device.map
+
+    def interrupted(*args):
+        calls.append(args)
+        if done or len(calls) < 2:
+            plain(*args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cpu_device, "map", interrupted)
+        region.map([(0, extents[0]), (unit, extents[1])])
+    assert region.mapped() == {}
+    region.map([(0, extents[1]), (unit, extents[0])])
+    clear(pool, region)
+    region.close()
+    pool.close()
+
+
 def test_neighbours_are_unmapped_in_one_call(cpu_device):
     unit = cpu_device.granularity_bytes
     pool, region = ExtentPool(cpu_device, 16 * unit), Region(cpu_device, 8 * unit)
