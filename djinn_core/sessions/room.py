@@ -242,7 +242,7 @@ class Room:
                     except OutOfDeviceMemory as error:
                         full = error
                 short = short or self.pool.free_bytes < size_bytes
-                made = self._make_room(size_bytes, None, None)
+                made = self._make_room(size_bytes if short else self.pool.free_bytes + size_bytes, None, None)
                 if not (
                     made or (short and self.pool.free_bytes >= size_bytes)
                 ):  # others leave too, without being asked
@@ -273,7 +273,9 @@ class Room:
                 if (got := self.take_free(holding.id, sizes, promise=promise)) is not None:
                     return got
                 short = short or self.pool.free_bytes < needed_bytes
-                made = self._make_room(needed_bytes, holding, limit_s)
+                # within the budget, so others fill the device: as much has to leave as is needed
+                wanted_bytes = needed_bytes if short else self.pool.free_bytes + needed_bytes
+                made = self._make_room(wanted_bytes, holding, limit_s)
                 if not (made or (short and self.pool.free_bytes >= needed_bytes)):  # as above
                     others = "others fill the device, " if self.pool.free_bytes >= needed_bytes else ""
                     raise OutOfDeviceMemory(
@@ -313,10 +315,7 @@ class Room:
         freed_any = False
         while self.pool.free_bytes < needed_bytes or not freed_any:
             candidates = self._candidates(keep, limit_s, tried)
-            missing_bytes = max(
-                1, needed_bytes - self.pool.free_bytes
-            )  # none where others fill the device: someone leaves
-            chosen = [n for n in self._choose(candidates, missing_bytes) if n not in tried]
+            chosen = [n for n in self._choose(candidates, needed_bytes - self.pool.free_bytes) if n not in tried]
             if not chosen:
                 break
             for name in chosen:
