@@ -242,10 +242,7 @@ class Room:
                     except OutOfDeviceMemory as error:
                         full = error
                 short = short or self.pool.free_bytes < size_bytes
-                made = self._make_room(size_bytes if short else self.pool.free_bytes + size_bytes, None, None)
-                if not (
-                    made or (short and self.pool.free_bytes >= size_bytes)
-                ):  # others leave too, without being asked
+                if not self._make_room_for(size_bytes, short, None, None):
                     raise full
 
     def take_free(self, owner: str, sizes: Sequence[int], *, promise: bool) -> list[Extent] | None:
@@ -273,10 +270,7 @@ class Room:
                 if (got := self.take_free(holding.id, sizes, promise=promise)) is not None:
                     return got
                 short = short or self.pool.free_bytes < needed_bytes
-                # within the budget, so others fill the device: as much has to leave as is needed
-                wanted_bytes = needed_bytes if short else self.pool.free_bytes + needed_bytes
-                made = self._make_room(wanted_bytes, holding, limit_s)
-                if not (made or (short and self.pool.free_bytes >= needed_bytes)):  # as above
+                if not self._make_room_for(needed_bytes, short, holding, limit_s):
                     others = "others fill the device, " if self.pool.free_bytes >= needed_bytes else ""
                     raise OutOfDeviceMemory(
                         f"session {holding.id} needs {needed_bytes:,} bytes more, {others}and no other paused session "
@@ -308,6 +302,15 @@ class Room:
             except BaseException:
                 self.pool.resize(before)
                 raise
+
+    def _make_room_for(self, needed_bytes: int, short: bool, keep: Holding | None, limit_s: float | None) -> bool:
+        """Whether it is worth another try: someone was made to leave, or others have left without being asked.
+
+        Where the budget was not `short`, others fill the device: then as much has to leave as is needed.
+        """
+        wanted_bytes = needed_bytes if short else self.pool.free_bytes + needed_bytes
+        made = self._make_room(wanted_bytes, keep, limit_s)
+        return made or (short and self.pool.free_bytes >= needed_bytes)
 
     def _make_room(self, needed_bytes: int, keep: Holding | None, limit_s: float | None) -> bool:
         """Evict as the policy says until `needed_bytes` are free; False when nobody could leave."""
