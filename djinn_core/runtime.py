@@ -28,6 +28,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from djinn_core import context
 from djinn_core.device import open_device
 from djinn_core.errors import ConfigError, OutOfDeviceMemory, SessionStateError, UsageError
+from djinn_core.interrupts import Uninterrupted
 from djinn_core.loading import load_model
 from djinn_core.memory import DiskTier, ExtentPool, HostTier, Ledger, Memory
 from djinn_core.memory.hostmapping import available_bytes
@@ -109,7 +110,7 @@ class Runtime:
         self._opening = threading.Lock()
         self._resizing = threading.Lock()
         self._closed = False
-        with ExitStack() as held:
+        with Uninterrupted(), ExitStack() as held:
             if device == "cpu":
                 self._open_emulated(budget_bytes, activation_bytes)
             else:
@@ -227,18 +228,19 @@ class Runtime:
         if prove:
             twin.prove(weights.config, weights.dtype, TwinRuns(_emulated))
         name = f"model {next(self._names)}"
-        model = load_model(
-            self,
-            weights,
-            name=name,
-            resident_layers=resident_layers,
-            slots=slots,
-            chunk_bytes=chunk_bytes,
-            keep_free_bytes=keep_free_bytes,
-            codec=codec,
-            progress=progress,
-        )
-        self._models[name] = model
+        with Uninterrupted():
+            model = load_model(
+                self,
+                weights,
+                name=name,
+                resident_layers=resident_layers,
+                slots=slots,
+                chunk_bytes=chunk_bytes,
+                keep_free_bytes=keep_free_bytes,
+                codec=codec,
+                progress=progress,
+            )
+            self._models[name] = model
         return model
 
     def unload(self, model: PreTrainedModel) -> None:
@@ -248,9 +250,10 @@ class Runtime:
             SessionStateError: it is not this runtime's.
         """
         self._check_loaded(model)
-        with self.turn:
-            model.djinn.close()
-        del self._models[model.djinn.name]
+        with Uninterrupted():
+            with self.turn:
+                model.djinn.close()
+            del self._models[model.djinn.name]
 
     @property
     def models(self) -> tuple[PreTrainedModel, ...]:
@@ -294,12 +297,13 @@ class Runtime:
 
     def evict(self, session: Session) -> bool:
         """Take a paused session's device memory now, as pressure would; False when it is not clean yet."""
-        return self._opened().pager.evict(session._holding)
+        with Uninterrupted():
+            return self._opened().pager.evict(session._holding)
 
     def _opened(self) -> Sessions:
         """The sessions room, opened when first needed."""
         self._check_open()
-        with self._opening:
+        with Uninterrupted(), self._opening:
             if self._sessions is None:
                 from djinn_core.sessions import Sessions
 
@@ -337,7 +341,7 @@ class Runtime:
                 f"budget_bytes {budget_bytes:,} would give weights and sessions {extent_bytes:,} bytes, and "
                 f"{self.device.name} has {self.device.capacity_bytes:,} (emulated, the runtime's first budget)"
             )
-        with self._resizing:
+        with Uninterrupted(), self._resizing:
             self._opened().pager.resize(extent_bytes)
             self.budget_bytes = self.ledger.budget_bytes = budget_bytes
 
@@ -345,13 +349,14 @@ class Runtime:
         """Close sessions, unload models, and give all memory back. Twice is once."""
         if self._closed:
             return
-        if self._sessions is not None:
-            self._sessions.close()  # not within the turn: whoever uses one of them may be waiting for it
-        with self.turn, ExitStack() as ending:
-            ending.callback(self._held.close)
-            ending.callback(setattr, self, "_closed", True)
-            for model in self.models:
-                ending.callback(self.unload, model)
+        with Uninterrupted():
+            if self._sessions is not None:
+                self._sessions.close()  # not within the turn: whoever uses one of them may be waiting for it
+            with self.turn, ExitStack() as ending:
+                ending.callback(self._held.close)
+                ending.callback(setattr, self, "_closed", True)
+                for model in self.models:
+                    ending.callback(self.unload, model)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -407,12 +412,13 @@ def load(source: str | Path | PretrainedConfig, *, device: str = "auto", **setti
     if unknown := sorted(set(of_load) - _names_of(Runtime.load)):
         allowed = sorted(_names_of(Runtime.__init__) | _names_of(Runtime.load))
         raise ConfigError(f"load does not know {', '.join(unknown)}; it takes {', '.join(allowed)}")
-    runtime = Runtime(device, **of_runtime)
-    try:
-        return runtime.load(source, **of_load)
-    except BaseException:
-        runtime.close()
-        raise
+    with Uninterrupted():
+        runtime = Runtime(device, **of_runtime)
+        try:
+            return runtime.load(source, **of_load)
+        except BaseException:
+            runtime.close()
+            raise
 
 
 def _names_of(function: Callable[..., Any]) -> set[str]:

@@ -12,6 +12,8 @@ import threading
 from collections import deque
 from types import TracebackType
 
+from djinn_core.interrupts import Interruptible, Uninterrupted
+
 
 class Turn:
     """A fair, re-entrant lock: first come, first served."""
@@ -34,7 +36,11 @@ class Turn:
             return len(self._waiting)
 
     def acquire(self) -> None:
-        """Wait for the turn, behind all who asked before."""
+        """Wait for the turn, behind all who asked before. Ctrl-C ends the wait."""
+        with Uninterrupted():
+            self._acquire()
+
+    def _acquire(self) -> None:
         me = threading.get_ident()
         if self._owner == me:
             self._depth += 1
@@ -48,7 +54,8 @@ class Turn:
             ticket = (me, gate)
             self._waiting.append(ticket)
         try:
-            gate.acquire()
+            with Interruptible():
+                gate.acquire()
         except BaseException:  # an interrupt while waiting: the turn must not be handed to one who left
             self._leave(ticket)
             raise

@@ -13,7 +13,7 @@ from djinn_core import errors
 ROOT = Path(djinn_core.__file__).parent
 SOURCES = sorted(ROOT.rglob("*.py"))
 
-# What each room may import, besides itself and `errors`. One way: from the first to the last.
+# What each room may import, besides itself, `errors` and `interrupts`. One way: from the first to the last.
 ROOMS = {
     "cli": {"service", "runtime", "sessions", "memory", "models", "weights", "device", "certificate", "machine"},
     "service": {"runtime", "sessions", "memory", "models"},
@@ -31,6 +31,7 @@ ROOMS = {
     "device": set(),
     "turn": set(),
     "errors": set(),
+    "interrupts": set(),
 }
 
 
@@ -87,7 +88,7 @@ def test_imports_point_one_way(path):
     if room == "__init__":
         return
     assert room in ROOMS, f"{room} is a new room: say what it may import"
-    wrong = set(imported_rooms(path)) - ROOMS[room] - {room, "errors"}
+    wrong = set(imported_rooms(path)) - ROOMS[room] - {room, "errors", "interrupts"}
     assert not wrong, f"{room} must not import {wrong}"
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from djinn_core.errors import SessionStateError, UnsupportedModel, UsageError
+from djinn_core.interrupts import Interruptible, Uninterrupted
 
 
 class WeightsProvider(Protocol):
@@ -157,13 +158,14 @@ class Boundary:
         """Run `body` as one pass: the turn, the provider, and the control that the layers see."""
         if not 0 <= first_layer <= self._count:
             raise UsageError(f"a pass cannot enter at layer {first_layer}: the model has {self._count} layers")
-        with self._turn:
+        with Uninterrupted(), self._turn:
             token = None if control is None else RUNNING.set(None)
             self._runner, self._control = threading.get_ident(), control
             try:
                 self.provider.begin_pass(first_layer)
                 try:
-                    return body(*args, **kwargs)
+                    with Interruptible():
+                        return body(*args, **kwargs)
                 finally:
                     self.provider.end_pass()
             finally:

@@ -30,6 +30,7 @@ import torch
 
 from djinn_core.device.base import Direction, Event, Stream
 from djinn_core.errors import DeviceError, DjinnError, OutOfDeviceMemory
+from djinn_core.interrupts import Uninterrupted, wait_for
 from djinn_core.sessions.blocks import Block
 from djinn_core.sessions.holding import Holding
 from djinn_core.sessions.wants import Want, Wants
@@ -116,15 +117,9 @@ class BringIn:
         Raises:
             DjinnError: the bring-in failed before this layer; the session's state is whole.
         """
-        while self.by_pass and not self.issued[layer]:
-            try:
-                self.step()
-            except BaseException as error:  # noqa: BLE001 - it is raised again, as an error of this session
-                failure = self._failed(error)
-                raise failure from failure.__cause__
         if not self.issued[layer]:
-            with self.changed:
-                self.changed.wait_for(lambda: self.issued[layer] or self.done)
+            with Uninterrupted():
+                self._issue_or_wait(layer)
             if not self.issued[layer]:
                 if self.cancelled and self.error is None and not self.followed:
                     return  # whoever cancelled it planned the rest anew
@@ -133,11 +128,22 @@ class BringIn:
         if arrival is not None:
             compute.wait_event(arrival)
 
-    def wait_issued(self) -> None:
+    def _issue_or_wait(self, layer: int) -> None:
+        while self.by_pass and not self.issued[layer]:
+            try:
+                self.step()
+            except BaseException as error:  # noqa: BLE001 - it is raised again, as an error of this session
+                failure = self._failed(error)
+                raise failure from failure.__cause__
+        with self.changed:
+            wait_for(self.changed, lambda: self.issued[layer] or self.done)
+
+    def wait_issued(self, *, interruptible: bool = False) -> None:
         """Return when nothing more will be issued."""
         if not self.done:
+            wait = wait_for if interruptible else threading.Condition.wait_for
             with self.changed:
-                self.changed.wait_for(lambda: self.done)
+                wait(self.changed, lambda: self.done)
 
     def begin(self) -> None:
         """Hold all that it needs, on the calling thread. Raises what went wrong, after undoing it.

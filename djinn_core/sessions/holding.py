@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from djinn_core.device.base import Device, Event
 from djinn_core.errors import DeviceError, DjinnError, SessionStateError
+from djinn_core.interrupts import Uninterrupted
 from djinn_core.memory.regions import Region
 from djinn_core.sessions.blocks import Block, BlockTable, Layout
 from djinn_core.sessions.state import SessionState, transition
@@ -134,12 +135,15 @@ class Holding:
         except DjinnError:  # it failed, which is an end too; whoever resumes it is told
             return False
 
-    def wait_issued(self, *, cancel: bool = False) -> None:
-        """Return when no bring-in will map anything more here; with `cancel`, as soon as may be."""
+    def wait_issued(self, *, cancel: bool = False, interruptible: bool = False) -> None:
+        """Return when no bring-in will map anything more here; with `cancel`, as soon as may be.
+
+        Where nothing is held yet the wait may be `interruptible`: another session may have to leave the device first.
+        """
         for job in list(self.jobs):
             if (cancel or job.prefetch) and not job.done:
                 job.cancel()
-            job.wait_issued()
+            job.wait_issued(interruptible=interruptible)
 
     def arrivals_of_jobs(self, layer: int | None = None) -> list[Event]:
         """The events behind what bring-ins that are not forgotten have copied, into `layer` or anywhere."""
@@ -198,7 +202,9 @@ class Holding:
 
 
 class Use:
-    """A call of a session's one caller, entered around it. A generator would take longer than what a resume does here.
+    """A call of a session's one caller, entered around it; Ctrl-C waits for its end, or for the next layer.
+
+    A generator would take longer than what a resume does here.
 
     Raises:
         SessionStateError: another thread is in such a call.
@@ -207,9 +213,12 @@ class Use:
     def __init__(self, holding: Holding, doing: str) -> None:
         self._holding = holding
         self._doing = doing
+        self._uninterrupted = Uninterrupted()
 
     def __enter__(self) -> None:
+        self._uninterrupted.__enter__()
         if not self._holding.user.acquire(blocking=False):
+            self._uninterrupted.__exit__()
             raise SessionStateError(
                 f"session {self._holding.id} cannot {self._doing}: another thread is using it; a session has one "
                 "caller at a time"
@@ -219,6 +228,7 @@ class Use:
     def __exit__(self, *exception: object) -> None:
         self._holding.user_thread = None
         self._holding.user.release()
+        self._uninterrupted.__exit__()
 
 
 def _arrives(event: Event) -> bool:

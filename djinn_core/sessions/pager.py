@@ -12,7 +12,7 @@ Not taken: paging single blocks on demand. A session is wanted as a whole, and h
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from djinn_core.device.base import Device
 from djinn_core.errors import (
@@ -23,6 +23,7 @@ from djinn_core.errors import (
     SessionStateError,
     UsageError,
 )
+from djinn_core.interrupts import Uninterrupted, wait_for
 from djinn_core.memory.disktier import DiskTier
 from djinn_core.memory.extents import ExtentPool
 from djinn_core.memory.hosttier import HostTier
@@ -259,7 +260,7 @@ class Pager(Writer):
         The pass may begin at once and gate each layer on `holding.jobs`; returns None when all was there.
         """
         if holding.state is SessionState.RESUMING:  # another place is wanted before the last one was reached
-            holding.wait_issued(cancel=True)
+            holding.wait_issued(cancel=True, interruptible=True)
         with self.lock:
             self.lock.wait_for(lambda: not holding.moving)
             if holding.state is SessionState.FAILED and holding.failure is not None:
@@ -309,7 +310,7 @@ class Pager(Writer):
 
     def _forget(self, holding: Holding) -> None:
         """End earlier bring-ins, before another attempt: what is complete is forgotten, what failed is taken back."""
-        holding.wait_issued(cancel=True)
+        holding.wait_issued(cancel=True, interruptible=True)
         for job in list(holding.jobs):
             try:
                 if job.error is None and not job.complete():
@@ -386,13 +387,17 @@ class Pager(Writer):
         }
         if what not in reached:
             raise ConfigError(f"cannot wait until {what!r}; known are {', '.join(reached)}")
-        if what == "clean":
-            self._ask_clean(holding)
-        if what != "restored" and timeout_s >= HELP_FROM_S:
-            self._drain(holding)
+        with Uninterrupted():
+            if what == "clean":
+                self._ask_clean(holding)
+            if what != "restored" and timeout_s >= HELP_FROM_S:
+                self._drain(holding)
+            self._wait_until(holding, what, reached[what], timeout_s)
+
+    def _wait_until(self, holding: Holding, what: str, reached: Callable[[], bool], timeout_s: float) -> None:
         with self.lock:
-            self.lock.wait_for(lambda: reached[what]() or self._stuck(holding, what), timeout_s)
-            if not reached[what]():
+            wait_for(self.lock, lambda: reached() or self._stuck(holding, what), timeout_s)
+            if not reached():
                 if self._stuck(holding, what):
                     if holding.trouble is None and what == "released" and holding.state is SessionState.PAUSED:
                         raise SessionStateError(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from djinn_core.interrupts import Uninterrupted
 from djinn_core.models.boundary import PassStopped
 from djinn_core.sessions.edits import apply_edits
 from djinn_core.sessions.inputs import EditsByLayer
@@ -55,7 +56,10 @@ class Control:
         self._behind = behind
 
     def enter(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden if self._enter is None else self._enter(hidden)
+        if self._enter is None:
+            return hidden
+        with Uninterrupted():
+            return self._enter(hidden)
 
     def before_layer(self, layer: int) -> None:
         for job in self._jobs:
@@ -66,12 +70,14 @@ class Control:
         if done in self._edits:
             hidden = apply_edits(self._edits[done], hidden)
         if self._behind is not None:
-            self._behind.layer(layer, self._compute)
+            with Uninterrupted():
+                self._behind.layer(layer, self._compute)
         if done == self.stop_before == self._last:
             self.stop(hidden)
         return hidden
 
     def stop(self, hidden: torch.Tensor) -> None:
         """What the next layer would receive is the boundary."""
-        self._keep(hidden)
+        with Uninterrupted():
+            self._keep(hidden)
         raise PassStopped

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from djinn_core.device.base import Device
 from djinn_core.errors import SessionStateError, UsageError
+from djinn_core.interrupts import Uninterrupted
 from djinn_core.memory.disktier import DiskTier
 from djinn_core.memory.extents import ExtentPool
 from djinn_core.memory.hosttier import HostTier
@@ -91,8 +92,9 @@ class Sessions:
             UnsupportedModel: a layer keeps something other than keys and values.
             OutOfDeviceMemory: all tiers together could not hold every open session at its longest.
         """
-        holding = self.open_holding(model, max_length=max_length, batch_size=batch_size)
-        return Session(model, self.pager, holding)
+        with Uninterrupted():
+            holding = self.open_holding(model, max_length=max_length, batch_size=batch_size)
+            return Session(model, self.pager, holding)
 
     def open_holding(self, model: PreTrainedModel, *, max_length: int, batch_size: int) -> Holding:
         """The memory side of `open`; `load_session` fills it."""
@@ -123,7 +125,7 @@ class Sessions:
             SessionStateError: this thread is using one itself (a hook of its pass); nothing was closed.
         """
         taken: list[Holding] = []
-        with ExitStack() as held:
+        with Uninterrupted(), ExitStack() as held:
             while new := [holding for holding in list(self.pager.holdings.values()) if holding not in taken]:
                 for holding in new:
                     if holding.user_thread == threading.get_ident():
@@ -137,7 +139,7 @@ class Sessions:
             for holding in taken:
                 if holding.state is not SessionState.CLOSED:
                     self.pager.close_session(holding)
-        self.pager.close()
+            self.pager.close()
 
 
 def _info(holding: Holding) -> SessionInfo:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from djinn_core.errors import BreakpointError, SessionStateError, UsageError
+from djinn_core.interrupts import Interruptible
 from djinn_core.models.boundary import RUNNING, PassStopped
 from djinn_core.sessions.behind import write_behind
 from djinn_core.sessions.breakpoints import Breakpoint, check_breakpoint, check_layer
@@ -281,7 +282,7 @@ class Session:
         token = RUNNING.set(control)
         self._cache.begin(start)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), Interruptible():
                 out = self._model(
                     input_ids=inputs.ids, past_key_values=self._cache, use_cache=True, return_dict=True, **given
                 )
@@ -448,7 +449,7 @@ class Session:
         with self._use("be forked"):
             if self.state in (SessionState.CLOSED, SessionState.FAILED):
                 raise refusal(self.id, self.state, "be forked")
-            self._holding.wait_issued()
+            self._holding.wait_issued(interruptible=True)
             self._story = self._with_random(self._story)
             twin = self._pager.fork(self._holding)
             branch = Session(self._model, self._pager, twin, self._story)

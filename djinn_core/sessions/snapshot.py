@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from djinn_core.errors import DeviceError, DjinnError, IntegrityError, OutOfDisk, OutOfHostMemory, UsageError
+from djinn_core.interrupts import Interruptible, Uninterrupted
 from djinn_core.sessions.blocks import Block, BlockTable, Stored
 from djinn_core.sessions.checkpoint import Boundary, Checkpoint, PassInputs, Story
 from djinn_core.sessions.edits import Recorded
@@ -86,6 +87,10 @@ class _Collector:
 
     def _hold(self, stored: Stored, end: int) -> None:
         """Have `end` bytes of it whole on the host, and kept there. Others may take the host's room at any moment."""
+        with Uninterrupted():
+            self._hold_whole(stored, end)
+
+    def _hold_whole(self, stored: Stored, end: int) -> None:
         pager = self.session._pager
         for _ in range(HOLD_TRIES):
             with pager.lock, stored.lock:
@@ -187,9 +192,10 @@ def _save(session: Session, folder: Path) -> None:
     partial.mkdir(parents=True)
     collector = _Collector(session)
     try:
-        meaning = _meaning(session, collector)
-        meaning["tensors_blake2b"] = write_tensors(partial / TENSORS, collector.tensors)
-        _write_json(partial / MEANING, meaning)
+        with Interruptible():
+            meaning = _meaning(session, collector)
+            meaning["tensors_blake2b"] = write_tensors(partial / TENSORS, collector.tensors)
+            _write_json(partial / MEANING, meaning)
         os.rename(partial, folder)
         _sync_folder(folder.parent)
     except BaseException:
@@ -257,7 +263,8 @@ class _Loader:
         if size_bytes > block.size_bytes:
             raise IntegrityError(f"{self.file.path}: {name} has {size_bytes} bytes, its place has {block.size_bytes}")
         block.host = self.sessions.pager.tiers.allocate(block.size_bytes, self.holding.id)
-        self.file.read_into(name, block.host.tensor[:size_bytes])
+        with Interruptible():
+            self.file.read_into(name, block.host.tensor[:size_bytes])
         block.host_valid_bytes = size_bytes
         return block
 
@@ -307,6 +314,11 @@ def load_session(folder: str | Path, model: PreTrainedModel, sessions: Sessions)
     """
     folder = Path(folder)
     meaning = _read_meaning(folder, model)
+    with Uninterrupted():
+        return _load(folder, meaning, model, sessions)
+
+
+def _load(folder: Path, meaning: dict[str, Any], model: PreTrainedModel, sessions: Sessions) -> Session:
     layout = meaning["layout"]
     holding = sessions.open_holding(model, max_length=layout["max_length"], batch_size=layout["batch_size"])
     loader = None

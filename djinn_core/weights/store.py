@@ -17,6 +17,7 @@ from typing import Protocol
 
 import torch
 
+from djinn_core.interrupts import Interruptible
 from djinn_core.memory.hosttier import HostTier
 from djinn_core.weights.plan import round_up
 
@@ -90,12 +91,15 @@ def read_all(
     """Read each named tensor into its place, several at once; the first failure is raised after all have ended."""
     with ThreadPoolExecutor(READERS, thread_name_prefix="djinn-read") as readers:
         futures = [readers.submit(source.read_into, name, out) for name, out in targets]
-        for future, (_, out) in zip(futures, targets, strict=True):
-            if future.exception() is not None:
-                for other in futures:
-                    other.cancel()
-            future.result()
-            on_bytes(out.nbytes)
+        try:
+            for future, (_, out) in zip(futures, targets, strict=True):
+                with Interruptible():
+                    future.result()
+                on_bytes(out.nbytes)
+        except BaseException:
+            for other in futures:
+                other.cancel()
+            raise
 
 
 def store_bytes(layouts: Iterable[Layout]) -> int:

@@ -21,6 +21,7 @@ import torch
 
 from djinn_core.device.base import Device, Direction
 from djinn_core.errors import DeviceError, SessionStateError, TransferError
+from djinn_core.interrupts import Uninterrupted
 from djinn_core.weights.plan import Plan
 from djinn_core.weights.ring import Ring, Slot, SlotState, SlotStep
 
@@ -114,8 +115,11 @@ class Streamer:
     def acquire(self, layer: int) -> None:
         """Make the current stream wait until `layer` is in place."""
         index = self._index[layer]
-        if index < 0:
-            return
+        if index >= 0:
+            with Uninterrupted():
+                self._acquire(layer, index)
+
+    def _acquire(self, layer: int, index: int) -> None:
         position = self._base + index
         slot = self._ring.slot_of(position)
         if not slot.holds(position):
@@ -138,8 +142,11 @@ class Streamer:
     def release(self, layer: int) -> None:
         """Give the layer's slot to the position that wants it next, once the current stream is done with it."""
         index = self._index[layer]
-        if index < 0:
-            return
+        if index >= 0:
+            with Uninterrupted():
+                self._give_on(index)
+
+    def _give_on(self, index: int) -> None:
         position = self._base + index
         slot = self._ring.slot_of(position)
         if slot.state is not SlotState.IN_USE or slot.position != position:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ from djinn_core.sessions import Session, SessionState, blocks
 from djinn_core.sessions import room as room_module
 from djinn_core.sessions import writer as writer_module
 from djinn_core.sessions.behind import Behind
+from tests.ctrl_c import interrupted
 from tests.sessions.oracle import Oracle, prompt
 from tests.sessions.rigs import LAYERS, MakeRig, Rig
 
@@ -447,17 +446,3 @@ def test_ctrl_c_at_the_end_of_a_pass_that_failed(rig: Rig) -> None:
     hook.remove()
     rig.device.link_gbps = None
     session.close()
-
-
-@contextlib.contextmanager
-def interrupted(after_s: float) -> Iterator[None]:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, after_s)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

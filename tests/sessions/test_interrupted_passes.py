@@ -10,9 +10,9 @@ import torch
 
 from djinn_core.errors import DeviceError, TransferError
 from djinn_core.sessions import SessionState
+from tests.ctrl_c import interrupted
 from tests.sessions.oracle import Oracle, prompt
 from tests.sessions.rigs import MakeRig, Rig
-from tests.sessions.test_behind import interrupted
 from tests.sessions.test_behind_races import ctrl_c_at_the_end_of_a_pass
 
 UNIT = 64 << 10

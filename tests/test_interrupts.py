@@ -1,0 +1,287 @@
+"""Ctrl-C, anywhere: what was under way is whole, everything can be closed, and nothing is left behind."""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from djinn_core.interrupts import Interruptible, Uninterrupted, wait_for
+from djinn_core.runtime import Runtime
+from djinn_core.sessions import Session
+from djinn_core.sessions.snapshot import load_session
+from tests.ctrl_c import Lines, interrupted, python_handles_it
+from tests.sessions.oracle import Oracle, prompt
+from tests.sessions.rigs import LAYERS, Rig, make_rig
+from tests.test_runtime import IDS, LLAMA, stock
+
+UNIT = 64 << 10
+SESSION_BYTES = LAYERS * UNIT
+PLACES = 60  # of each life, drawn anew when `--seed` is given
+CLOSES_IN_S = 20
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def press() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture(autouse=True)
+def handled():
+    """Whatever a test does, Ctrl-C is handled as before at its end."""
+    with python_handles_it():
+        yield
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_it_waits_for_the_end_of_the_block() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), Uninterrupted():
+        press()
+        done.append("the step")
+    assert done == ["the step"]
+
+
+def test_blocks_within_each_other_end_with_the_outermost() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), Uninterrupted():
+        with Uninterrupted():
+            press()
+        done.append("the inner one")
+    assert done == ["the inner one"]
+
+
+def test_an_error_of_the_block_is_the_context_of_the_interrupt() -> None:
+    with pytest.raises(KeyboardInterrupt) as caught, Uninterrupted():
+        press()
+        raise ValueError("of the step")
+    assert isinstance(caught.value.__context__, ValueError)
+
+
+def test_a_second_one_is_not_held_off() -> None:
+    with pytest.raises(KeyboardInterrupt), Uninterrupted():
+        press()
+        press()
+        pytest.fail("it was held off twice")
+
+
+def test_inside_it_may_act_at_once_again() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), Uninterrupted():
+        try:
+            with Interruptible():
+                press()
+                done.append("too late")
+        finally:
+            with Uninterrupted():
+                done.append("made whole")
+    assert done == ["made whole"]
+
+
+def test_what_came_before_acts_where_it_may() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), Uninterrupted():
+        press()
+        with Interruptible():
+            done.append("too late")
+    assert not done
+
+
+def test_a_step_within_what_may_be_interrupted() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), Uninterrupted(), Interruptible():
+        with Uninterrupted():
+            press()
+            done.append("the step")
+        done.append("too late")
+    assert done == ["the step"]
+
+
+def test_it_ends_a_long_wait_with_the_lock_held() -> None:
+    changed, whole = threading.Condition(), []
+    with interrupted(0.1), pytest.raises(KeyboardInterrupt), Uninterrupted(), changed:
+        try:
+            wait_for(changed, lambda: False)
+        finally:
+            whole.append(changed._is_owned())
+    assert whole == [True]
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_wait_says_whether_it_was_worth_it(held: bool) -> None:
+    changed, there = threading.Condition(), []
+
+    def come() -> None:
+        with changed:
+            there.append(True)
+            changed.notify_all()
+
+    def look() -> list[bool]:
+        threading.Timer(0.3, come).start()
+        with changed:
+            return [wait_for(changed, lambda: there, timeout_s) for timeout_s in (0.06, 0.0, None, 0.0)]
+
+    if held:
+        with Uninterrupted():
+            assert look() == [False, False, True, True]
+    else:
+        assert look() == [False, False, True, True]
+
+
+def test_other_threads_hold_nothing_off() -> None:
+    def elsewhere() -> None:
+        with Uninterrupted():
+            inside.set()
+            go_on.wait(10)
+
+    inside, go_on = threading.Event(), threading.Event()
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    assert inside.wait(10)
+    with pytest.raises(KeyboardInterrupt):
+        press()
+    go_on.set()
+    thread.join()
+
+
+def test_who_ignores_it_goes_on_ignoring_it() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Uninterrupted():
+        press()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_a_handler_that_is_set_meanwhile_stays() -> None:
+    def own(*_: object) -> None: ...
+
+    with Uninterrupted(), Interruptible():
+        signal.signal(signal.SIGINT, own)
+        with Uninterrupted():
+            pass
+        assert signal.getsignal(signal.SIGINT) is own
+    assert signal.getsignal(signal.SIGINT) is own
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# anywhere in a life
+
+
+def alone(rig: Rig, sessions: list[Session], _: Path) -> None:
+    """A session stops, leaves, comes back, generates, goes back, and branches."""
+    session = rig.open()
+    sessions.append(session)
+    session.forward(prompt(), stop_after=2)
+    session.pause(release=True)
+    session.wait_until("released", 10)
+    session.resume()
+    session.generate(2)
+    point = session.checkpoint()
+    session.pause(release=True)
+    session.wait_until("released", 10)
+    session.resume(point)
+    session.forward(prompt(tokens=1))
+    branch = session.fork()
+    sessions.append(branch)
+    branch.resume(session.checkpoints[0])
+    branch.pause()
+    session.resume(point)
+    session.drop(point)
+    branch.close()
+
+
+def crowded(rig: Rig, sessions: list[Session], folder: Path) -> None:
+    """Four sessions where the device and the host have room for three; one is saved and loaded."""
+    for seed in range(4):
+        session = rig.open()
+        sessions.append(session)
+        session.forward(prompt(seed=seed))
+        session.forward(prompt(tokens=1), stop_after=2)
+        session.pause()
+    for index in (2, 0, 3, 1):
+        sessions[index].resume()
+        sessions[index].forward(prompt(tokens=1))
+        sessions[index].pause()
+    sessions[0].save(folder / "saved")
+    sessions[1].close()
+    sessions.append(load_session(folder / "saved", rig.served, rig.sessions))
+    sessions[-1].resume()
+    sessions[-1].pause()
+
+
+def lived(life: Callable[..., None], folder: Path, at: int) -> Lines:
+    """`life`, with Ctrl-C before line `at`; then everything is closed, and the rig looks at what is left."""
+    crowd = {"device_bytes": 3 * SESSION_BYTES, "host_bytes": 4 * SESSION_BYTES, "disk_bytes": 16 * SESSION_BYTES}
+    rig = make_rig(folder, **(crowd if life is crowded else {}))
+    sessions: list[Session] = []
+    lines = Lines(at)
+    try:
+        with lines.watched():
+            life(rig, sessions, folder)
+    except KeyboardInterrupt:
+        assert at
+    ended: list[object] = []
+
+    def end() -> None:
+        try:
+            if sessions and sessions[0].checkpoints and sessions[0].checkpoints[0].layer == 2 and life is alone:
+                again = sessions[0].resume(sessions[0].checkpoints[0])
+                assert torch.equal(again, Oracle(rig.stock).forward(prompt())), "another answer"
+            for session in sessions:
+                session.close()
+            rig.close()
+            assert not list(folder.glob("*.partial-*"))
+            ended.append(True)
+        except BaseException as error:  # noqa: BLE001 - shown by the assertion below
+            ended.append(error)
+
+    ending = threading.Thread(target=end, daemon=True)
+    ending.start()
+    ending.join(CLOSES_IN_S)
+    assert ended == [True], f"after Ctrl-C at {lines.where}: {ended or 'it cannot be closed'}"
+    return lines
+
+
+@pytest.mark.parametrize("life", [alone, crowded], ids=lambda life: life.__name__)
+def test_anywhere_in_the_life_of_sessions(life: Callable[..., None], tmp_path: Path, long) -> None:
+    lived(life, tmp_path, 0)
+    (tmp_path / "all").mkdir()
+    count = lived(life, tmp_path / "all", 0).count
+    draw = random.Random(long.seed)
+    for at in draw.sample(range(1, count), PLACES):
+        (tmp_path / str(at)).mkdir()
+        lived(life, tmp_path / str(at), at)
+
+
+def test_anywhere_while_a_model_is_loaded_and_streams(long) -> None:
+    with torch.inference_mode():
+        wanted = stock(LLAMA, torch.float32)(IDS).logits
+
+    def life(at: int) -> Lines:
+        lines, models = Lines(at), []
+        runtime = Runtime("cpu", budget_bytes=4 << 20, host_bytes=32 << 20)
+        try:
+            with lines.watched(), torch.inference_mode():
+                models.append(runtime.load(LLAMA, dtype="float32", resident_layers="none", slots=3, prove=False))
+                models[0](IDS)
+                models[0](IDS)
+        except KeyboardInterrupt:
+            assert at
+        for model in models:
+            with torch.inference_mode():
+                assert torch.equal(model(IDS).logits, wanted), f"other weights, after Ctrl-C at {lines.where}"
+        runtime.close()
+        assert runtime.pool.held_bytes == runtime.host.held_bytes == 0, lines.where
+        return lines
+
+    life(0)
+    count = life(0).count
+    for at in random.Random(long.seed).sample(range(1, count), PLACES):
+        life(at)
