@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from djinn_core.errors import IntegrityError
 from djinn_core.sessions.checkpoint import Boundary
 from djinn_core.sessions.holding import Holding
 from djinn_core.sessions.staging import Slot
@@ -38,8 +39,14 @@ def keep_boundary(pager: Pager, boundary: Boundary, hidden: torch.Tensor) -> Non
     boundary.device = hidden
 
 
-def load_boundary(pager: Pager, holding: Holding, boundary: Boundary, trace: Trace) -> Slot | torch.Tensor:
-    """Issue the boundary's copy to the device before anything else; the tensor itself when it is still there."""
+def load_boundary(
+    pager: Pager, holding: Holding, boundary: Boundary, trace: Trace, *, needed: bool
+) -> Slot | torch.Tensor:
+    """Issue the boundary's copy to the device before anything else; the tensor itself when it is still there.
+
+    Raises:
+        IntegrityError: the disk returned other bytes. The session is FAILED when it is `needed` to go on.
+    """
     there = boundary.device
     if there is not None:
         trace.there(pager.device, pager.device.current_stream())
@@ -53,10 +60,12 @@ def load_boundary(pager: Pager, holding: Holding, boundary: Boundary, trace: Tra
             pager.tiers.fetch(boundary, holding.id)
             host = boundary.host
         pager.staging.load(slot, host.tensor)
-    except BaseException:
+    except BaseException as error:
         with boundary.lock:
             boundary.readers -= 1
         pager.staging.give_back(slot)
+        if needed and isinstance(error, IntegrityError):
+            pager.fail(holding, error)
         raise
     holding.reading = (boundary, slot.ready)
     trace.ready = slot.ready

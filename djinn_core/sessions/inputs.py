@@ -18,14 +18,21 @@ NO_EDITS: EditsByLayer = {}
 
 
 def make_inputs(
-    holding: Holding, story: Story, ids: torch.Tensor, mask: torch.Tensor | None, device: torch.device
+    holding: Holding,
+    story: Story,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    vocabulary: int,
+    device: torch.device,
 ) -> PassInputs:
     """The inputs of a pass over the pending token and `ids` [B, T], on the device.
 
     Positions are given only where something is padded, as `generate` does; else the model counts them itself.
 
     Raises:
-        UsageError: shapes or dtypes do not fit the session.
+        UsageError: shapes or dtypes do not fit the session, or an id lies outside of the `vocabulary`. On a GPU such an
+            id would end the process's context, and every session with it. Ids that lie there already are not looked at:
+            that would wait for the device.
         SessionStateError: the session would grow past its longest length.
     """
     batch_size, longest, length = holding.layout.batch_size, holding.layout.max_length, min(holding.table.lengths)
@@ -36,6 +43,11 @@ def make_inputs(
             f"input_ids are {ids.dtype} of shape {tuple(ids.shape)}; the session takes whole numbers of "
             f"[{batch_size}, T]"
         )
+    if ids.device.type == "cpu" and ids.numel():
+        least, most = (int(bound) for bound in torch.aminmax(ids))
+        if least < 0 or most >= vocabulary:
+            wrong = least if least < 0 else most
+            raise UsageError(f"{wrong} is among the input_ids; the model's go from 0 to {vocabulary - 1}")
     if mask is not None and mask.shape != ids.shape:
         raise UsageError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}; give equal ones")
     ids = ids.to(device)

@@ -14,7 +14,8 @@ Not taken: subclassing DynamicLayer. Its `keys` are its state, and other code cr
 from __future__ import annotations
 
 import torch
-from transformers import Cache, DynamicCache, PretrainedConfig
+from torch import nn
+from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from djinn_core.errors import SessionStateError, UnsupportedModel
@@ -135,6 +136,17 @@ def attention_windows(config: PretrainedConfig) -> list[int | None]:
                 "keys and values"
             )
     return windows
+
+
+def learned_positions(model: PreTrainedModel) -> int | None:
+    """How many positions a model with a table of them has; None where they are computed, without an end.
+
+    On a GPU a position beyond the table would end the process's context.
+    """
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    if all(table is model.get_input_embeddings() for table in tables):
+        return None
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def kv_layout(

@@ -347,6 +347,10 @@ class Pager(Writer):
             if job.prefetch and not job.error:
                 self.log(holding, "prefetched", job.bytes)
 
+    def fail(self, holding: Holding, error: IntegrityError) -> None:
+        """It has lost what it cannot go on without: FAILED."""
+        self._settle_state(holding, error)
+
     def _settle_state(self, holding: Holding, error: DjinnError | None) -> None:
         """RUNNING when a resume has succeeded, else paused again or off the device; FAILED when bytes were lost."""
         with self.lock:

@@ -16,7 +16,7 @@ from djinn_core.memory.hosttier import HostTier
 from djinn_core.sessions.blocks import Layout
 from djinn_core.sessions.checkpoint import Story
 from djinn_core.sessions.holding import Holding
-from djinn_core.sessions.kvcache import attention_windows, kv_layout
+from djinn_core.sessions.kvcache import attention_windows, kv_layout, learned_positions
 from djinn_core.sessions.pager import Pager
 from djinn_core.sessions.policy import Policy
 from djinn_core.sessions.session import Session
@@ -102,6 +102,9 @@ class Sessions:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"{name} is {value!r}; give a whole number from 1")
         attention_windows(model.config)
+        positions = learned_positions(model)
+        if positions is not None and max_length > positions:
+            raise UsageError(f"max_length is {max_length}; this model has learned only {positions} positions")
         layout = self.layout(model, max_length, batch_size)
         hidden = model.config.get_text_config(decoder=True).hidden_size
         return self.pager.open(layout, batch_size * max_length * hidden * layout.dtype.itemsize)

@@ -58,6 +58,7 @@ class Session:
         self._holding = holding
         self._layers = holding.layout.layers
         self._hidden = model.config.get_text_config(decoder=True).hidden_size
+        self._vocabulary = model.get_input_embeddings().num_embeddings
         self._cache = SessionCache(attention_windows(model.config), holding.layout, holding.region, holding.table)
         self._story = story or Story()
         self._generator: torch.Generator | None = None
@@ -100,6 +101,12 @@ class Session:
     def logits(self) -> torch.Tensor | None:
         """[B, vocab] of the last complete pass."""
         return self._story.logits
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """[B, n] of every token that it was given or has chosen; after an error in `generate` too."""
+        pieces = [*self._story.ids, *([] if self._story.pending is None else [self._story.pending])]
+        return torch.cat(pieces, dim=1) if pieces else torch.empty((self.batch_size, 0), dtype=torch.long)
 
     @property
     def device_bytes(self) -> int:
@@ -158,6 +165,7 @@ class Session:
         """Choose up to `max_new_tokens` after what has been run: new ids [B, n], as `model.generate` would.
 
         With `stop_at`, returns the tokens chosen so far when the breakpoint fires; `session.stopped` is the checkpoint.
+        What was chosen before an error, or Ctrl-C, is in `ids`, and the next call goes on there.
 
         Raises:
             BreakpointError: it names a place that does not exist, or every sequence ended before it fired.
@@ -209,7 +217,7 @@ class Session:
         self._run(replace(self._story, pending=None), inputs, 0, stop, NO_EDITS)
 
     def _inputs(self, ids: torch.Tensor, mask: torch.Tensor | None) -> PassInputs:
-        inputs = make_inputs(self._holding, self._story, ids, mask, self._pager.device.torch_device)
+        inputs = make_inputs(self._holding, self._story, ids, mask, self._vocabulary, self._pager.device.torch_device)
         return inputs if self._has_positions else replace(inputs, positions=None)
 
     def _edits(
@@ -357,7 +365,7 @@ class Session:
         stop_after: int | None,
     ) -> torch.Tensor | Checkpoint:
         pager, holding, trace = self._pager, self._holding, Trace(begun_s)
-        slot = load_boundary(pager, holding, place.boundary, trace)
+        slot = load_boundary(pager, holding, place.boundary, trace, needed=place is self.stopped)
         entered = False
 
         def enter(hidden: torch.Tensor) -> torch.Tensor:

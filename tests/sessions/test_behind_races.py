@@ -14,7 +14,7 @@ from djinn_core.sessions import Session, SessionState, snapshot, writeback
 from tests.ctrl_c import interrupted
 from tests.sessions.oracle import Oracle, prompt
 from tests.sessions.rigs import LAYERS, MakeRig, Rig
-from tests.sessions.test_behind import LINK_GBPS, TOKENS, UNIT, held_writer, stopped, take_in
+from tests.sessions.test_behind import LINK_GBPS, UNIT, held_writer, stopped, take_in
 
 pytestmark = pytest.mark.timeout(60)
 

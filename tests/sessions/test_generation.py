@@ -33,6 +33,27 @@ def test_greedy(make_rig: MakeRig, family, batch) -> None:
     assert torch.equal(new, wanted)
 
 
+def test_what_was_chosen_before_an_error_is_not_lost(rig: Rig) -> None:
+    session, ids = rig.open(), prompt()
+    assert session.ids.shape == (1, 0)
+    session.forward(ids)
+    passes = []
+
+    def fail(*_: object) -> None:
+        passes.append(1)
+        if len(passes) == 4:
+            raise RuntimeError("in the fourth pass")
+
+    hook = rig.served.model.layers[2].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="fourth"):
+        session.generate(COUNT, sampling=Sampling(eos_token_id=()))
+    hook.remove()
+    wanted = stock(rig, ids, do_sample=False, eos_token_id=None)
+    assert torch.equal(session.ids, torch.cat([ids, wanted[:, :4]], dim=1))
+    session.generate(COUNT - 4, sampling=Sampling(eos_token_id=()))
+    assert torch.equal(session.ids, torch.cat([ids, wanted], dim=1))
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -211,6 +211,22 @@ def test_refusals_say_what_to_do(rig: Rig) -> None:
         session.resume()
 
 
+@pytest.mark.parametrize("wrong", [-1, 128])
+def test_an_id_that_would_end_a_gpus_context_is_refused(rig: Rig, wrong: int) -> None:
+    session = rig.open()
+    ids = prompt()
+    ids[0, 5] = wrong
+    with pytest.raises(UsageError, match=f"{wrong} is among the input_ids; the model's go from 0 to 127"):
+        session.forward(ids)
+    assert torch.equal(session.forward(prompt()), Oracle(rig.stock).forward(prompt()))
+
+
+def test_a_session_longer_than_the_models_table_of_positions_is_refused(make_rig: MakeRig) -> None:
+    with pytest.raises(UsageError, match="max_length is 257; this model has learned only 256 positions"):
+        make_rig("gpt2").open(max_length=257)
+    make_rig("llama").open(max_length=257)  # computes them
+
+
 def test_the_cache_is_the_sessions_own(rig: Rig) -> None:
     session = rig.open()
     session.forward(prompt())

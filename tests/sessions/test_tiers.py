@@ -95,6 +95,33 @@ def test_a_disk_that_returns_other_bytes_fails_the_session(make_rig: MakeRig) ->
     victim.close()
 
 
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_boundary_that_the_disk_has_lost_fails_who_stands_there(make_rig: MakeRig, earlier: bool) -> None:
+    rig = make_rig(disk_bytes=32 * SESSION_BYTES)
+    session, tiers = rig.open(), rig.sessions.pager.tiers
+    session.forward(prompt(), stop_after=2)
+    point = session.stopped
+    if earlier:
+        session.resume()
+    session.pause(release=True)
+    session.wait_until("released", 10)
+    assert tiers._spill(session._holding, point.boundary)
+    corrupt(rig.disk, point.boundary.disk.offset)
+    with pytest.raises(IntegrityError, match="crc32"):
+        session.resume(point)
+    if earlier:
+        session.drop(point)
+        oracle = Oracle(rig.stock)
+        oracle.forward(prompt())
+        session.resume()
+        assert torch.equal(session.forward(torch.tensor([[5]])), oracle.forward(torch.tensor([[5]])))
+    else:
+        assert session.state is SessionState.FAILED
+        with pytest.raises(DjinnError, match="a part of its state was lost"):
+            session.resume()
+    session.close()
+
+
 def corrupt(disk, offset: int) -> None:
     fd = os.open(f"/proc/self/fd/{disk._fd}", os.O_WRONLY)
     try:
