@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import get_ident
 
 import pytest
 import torch
 
 from djinn_core.sessions import Session, SessionState, snapshot, writeback
-from tests.ctrl_c import interrupted
+from tests.ctrl_c import python_handles_it
 from tests.sessions.oracle import Oracle, prompt
 from tests.sessions.rigs import LAYERS, MakeRig, Rig
 from tests.sessions.test_behind import LINK_GBPS, UNIT, held_writer, stopped, take_in
@@ -36,12 +38,14 @@ def in_the_middle(rig: Rig, session: Session, do, *, stop_after: int = 3, seed: 
 
 def ctrl_c_at_the_end_of_a_pass(rig: Rig, session: Session, monkeypatch, run: Callable[[], object]) -> None:
     """While the end of the pass that `run` makes waits for the pager's lock."""
-    pager, taken, record = rig.sessions.pager, threading.Event(), session._holding.pass_done.record
+    pager, taken, record, caller = rig.sessions.pager, threading.Event(), session._holding.pass_done.record, get_ident()
 
     def hold() -> None:
         with pager.lock:
             taken.set()
-            time.sleep(0.4)
+            time.sleep(0.1)
+            signal.pthread_kill(caller, signal.SIGINT)
+            time.sleep(0.1)
 
     def busy(stream) -> None:
         record(stream)
@@ -50,7 +54,7 @@ def ctrl_c_at_the_end_of_a_pass(rig: Rig, session: Session, monkeypatch, run: Ca
         assert taken.wait(5)
 
     monkeypatch.setattr(session._holding.pass_done, "record", busy)
-    with interrupted(0.25), pytest.raises(KeyboardInterrupt):
+    with python_handles_it(), pytest.raises(KeyboardInterrupt):
         run()
 
 
