@@ -3,18 +3,21 @@
 A model's own code may be interrupted anywhere. What claims, maps, copies and counts memory may not: half of such a step
 leaves memory that nobody holds, or a lock that nobody gives back. So within `Uninterrupted` a SIGINT is noted, and
 handled as ever when the block ends. `Interruptible` lets it through again inside, around a layer; long waits go through
-`wait_for`, which it ends. A second Ctrl-C is not held off: whoever insists gets out, whatever stays behind.
+`wait_for` and `acquire`, which it ends; and a call that is about to count, or to hand out what it has made, lets it
+`act` before, while all can still be undone. A second Ctrl-C is not held off: whoever insists gets out, whatever stays
+behind.
 
 Only the main thread is ever interrupted, so everything here does nothing on others. The handler is ours only within the
-outermost block.
+outermost block. One that C code has set behind Python's back (`faulthandler.register`) is not seen, and not put back.
 
 Not taken: code that is whole after an exception between any two of its lines. We tried; of Ctrl-Cs at 150 places of a
-session's life, one in eight still left something behind.
+session's life, one in eight still left something behind. Nor a handler that stays: others look whether theirs is there.
 """
 
 from __future__ import annotations
 
 import _signal  # `signal` without its enums, which take ten times as long; every resume would wait for them
+import os
 import signal
 import sys
 import threading
@@ -44,9 +47,11 @@ class _Main:
 def _note(number: int, frame: FrameType | None) -> None:
     if _Main.held and not _Main.pressed:
         _Main.pressed = True
-    else:
-        _Main.pressed = False
+        return
+    earlier, _Main.pressed = _Main.pressed, False
+    if earlier:
         _Main.handler(number, frame)
+    _Main.handler(number, frame)
 
 
 def _handle() -> None:
@@ -54,6 +59,16 @@ def _handle() -> None:
     if _Main.pressed:
         _Main.pressed = False
         _Main.handler(SIGINT, sys._getframe(1))
+
+
+def _in_child() -> None:
+    """After a fork: the blocks that another thread was in are not the child's."""
+    if _signal.getsignal(SIGINT) is _note:
+        _signal.signal(SIGINT, _Main.handler)
+    _Main.held = _Main.pressed = False
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 def _is_main() -> bool:
@@ -73,8 +88,15 @@ class Uninterrupted:
         if handler is _note:
             self._was, _Main.held = _Main.held, True
         elif callable(handler):  # else it is ignored, or not Python's to handle
-            self._handler, _Main.handler, _Main.held = handler, handler, True
+            self._hold_off(handler)
+
+    def _hold_off(self, handler: Handler) -> None:
+        _Main.handler, _Main.pressed, _Main.held = handler, False, True
+        try:
             _signal.signal(SIGINT, _note)
+            self._handler = handler
+        except ValueError:  # an interpreter beside the main one: nothing interrupts it
+            _Main.held = False
 
     def __exit__(self, *_: object) -> None:
         if self._handler is not None:
@@ -89,8 +111,9 @@ class Uninterrupted:
             if meanwhile is not _note:  # someone else has set one, for what comes
                 _signal.signal(SIGINT, meanwhile)
         finally:
-            _Main.held = False
-        _handle()
+            pressed, _Main.pressed, _Main.held = _Main.pressed, False, False
+        if pressed:
+            handler(SIGINT, sys._getframe(1))
 
 
 class Interruptible:
@@ -100,13 +123,33 @@ class Interruptible:
 
     def __enter__(self) -> None:
         self._was = _Main.held and _is_main()
-        if self._was:
-            _handle()
+        if not self._was:
+            return
+        try:
             _Main.held = False
+            _handle()
+        except BaseException:
+            _Main.held = True
+            raise
 
     def __exit__(self, *_: object) -> None:
         if self._was:
             _Main.held = True
+
+
+def act() -> None:
+    """Here a Ctrl-C that is held off acts: all that has been done can still be undone."""
+    if _Main.pressed and _is_main():
+        _handle()
+
+
+def acquire(lock: threading.Lock) -> None:
+    """`lock.acquire()`, which a Ctrl-C that is held off ends."""
+    if not (_Main.held and _is_main()):
+        lock.acquire()
+        return
+    while not lock.acquire(timeout=SLICE_S):
+        act()
 
 
 def wait_for(condition: threading.Condition, predicate: Callable[[], object], timeout_s: float | None = None) -> bool:
@@ -120,4 +163,4 @@ def wait_for(condition: threading.Condition, predicate: Callable[[], object], ti
             return True
         if end_s is not None and time.monotonic() >= end_s:
             return False
-        _handle()
+        act()

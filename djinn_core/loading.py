@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from djinn_core.errors import OutOfHostMemory, WeightsError
+from djinn_core.interrupts import act
 from djinn_core.memory import HostTier, Kind
 from djinn_core.models import boundary
 from djinn_core.models.boundary import Boundary
@@ -166,6 +167,7 @@ def load_model(
             streamer = CodedStreamer(device, plan, coded, codec, slot_memory, landings, rebinding)
         else:
             streamer = Streamer(device, plan, blocks, slot_memory, rebinding)
+        act()
         wrapped = boundary.install(model, stack, streamer, runtime.turn)
         model.djinn = LoadedModel(
             name=name,

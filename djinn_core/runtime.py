@@ -28,7 +28,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from djinn_core import context
 from djinn_core.device import open_device
 from djinn_core.errors import ConfigError, OutOfDeviceMemory, SessionStateError, UsageError
-from djinn_core.interrupts import Uninterrupted
+from djinn_core.interrupts import Uninterrupted, acquire, act
 from djinn_core.loading import load_model
 from djinn_core.memory import DiskTier, ExtentPool, HostTier, Ledger, Memory
 from djinn_core.memory.hostmapping import available_bytes
@@ -133,6 +133,7 @@ class Runtime:
                 activation_bytes=self.activation_bytes,
                 budget_bytes=self.budget_bytes,
             )
+            act()
             self._held = held.pop_all()
 
     def _open_emulated(self, budget_bytes: int | None, activation_bytes: int | None) -> None:
@@ -321,7 +322,8 @@ class Runtime:
     def memory(self) -> Memory:
         """Who holds the memory, now; prints as a table."""
         self._check_open()
-        return self.ledger.snapshot()
+        with Uninterrupted():
+            return self.ledger.snapshot()
 
     def resize(self, budget_bytes: int) -> None:
         """Another cap on all device memory of this process, while everything goes on.
@@ -341,9 +343,13 @@ class Runtime:
                 f"budget_bytes {budget_bytes:,} would give weights and sessions {extent_bytes:,} bytes, and "
                 f"{self.device.name} has {self.device.capacity_bytes:,} (emulated, the runtime's first budget)"
             )
-        with Uninterrupted(), self._resizing:
-            self._opened().pager.resize(extent_bytes)
-            self.budget_bytes = self.ledger.budget_bytes = budget_bytes
+        with Uninterrupted():
+            acquire(self._resizing)
+            try:
+                self._opened().pager.resize(extent_bytes)
+                self.budget_bytes = self.ledger.budget_bytes = budget_bytes
+            finally:
+                self._resizing.release()
 
     def close(self) -> None:
         """Close sessions, unload models, and give all memory back. Twice is once."""
@@ -412,13 +418,12 @@ def load(source: str | Path | PretrainedConfig, *, device: str = "auto", **setti
     if unknown := sorted(set(of_load) - _names_of(Runtime.load)):
         allowed = sorted(_names_of(Runtime.__init__) | _names_of(Runtime.load))
         raise ConfigError(f"load does not know {', '.join(unknown)}; it takes {', '.join(allowed)}")
-    with Uninterrupted():
-        runtime = Runtime(device, **of_runtime)
-        try:
-            return runtime.load(source, **of_load)
-        except BaseException:
-            runtime.close()
-            raise
+    runtime = Runtime(device, **of_runtime)
+    try:
+        return runtime.load(source, **of_load)
+    except BaseException:
+        runtime.close()
+        raise
 
 
 def _names_of(function: Callable[..., Any]) -> set[str]:

@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from types import TracebackType
 
-from djinn_core.interrupts import Interruptible, Uninterrupted
+from djinn_core.interrupts import Uninterrupted, acquire
 
 
 class Turn:
@@ -54,8 +54,7 @@ class Turn:
             ticket = (me, gate)
             self._waiting.append(ticket)
         try:
-            with Interruptible():
-                gate.acquire()
+            acquire(gate)
         except BaseException:  # an interrupt while waiting: the turn must not be handed to one who left
             self._leave(ticket)
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import linecache
 import signal
 import sys
 import threading
@@ -39,11 +40,17 @@ def interrupted(after_s: float) -> Iterator[None]:
 
 
 class Lines:
-    """Counts the lines of Djinn's code that this thread runs, and presses Ctrl-C before line `at` of them."""
+    """Counts the lines of Djinn's code that this thread runs, and presses Ctrl-C before line `at` of them.
+
+    Attributes:
+        where: it was pressed.
+        on_the_way_out: what the call has made is being handed to its caller there, and may be lost on the way.
+    """
 
     def __init__(self, at: int = 0) -> None:
         self.count = 0
         self.where = ""
+        self.on_the_way_out = False
         self._at = at
 
     @contextlib.contextmanager
@@ -63,6 +70,9 @@ class Lines:
         if event == "line":
             self.count += 1
             if self.count == self._at:
-                self.where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+                path, line = frame.f_code.co_filename, frame.f_lineno
+                self.where = f"{path}:{line}"
+                leaves = linecache.getline(path, line).lstrip().startswith(("return", "with "))
+                self.on_the_way_out = leaves or frame.f_code.co_name in ("__exit__", "_restore")
                 signal.raise_signal(signal.SIGINT)
         return self._line

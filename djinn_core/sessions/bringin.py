@@ -30,7 +30,7 @@ import torch
 
 from djinn_core.device.base import Direction, Event, Stream
 from djinn_core.errors import DeviceError, DjinnError, OutOfDeviceMemory
-from djinn_core.interrupts import Uninterrupted, wait_for
+from djinn_core.interrupts import Uninterrupted, act, wait_for
 from djinn_core.sessions.blocks import Block
 from djinn_core.sessions.holding import Holding
 from djinn_core.sessions.wants import Want, Wants
@@ -295,6 +295,7 @@ class BringIn:
                 if not wait:
                     return False
                 lock.wait()
+                act()
             self._rows = rows
             # two could wait for each other to lend
             self.holding.displacing = any(self._wants.replaces(want) for want in flat)

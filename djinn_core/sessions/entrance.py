@@ -45,7 +45,8 @@ def load_boundary(
     """Issue the boundary's copy to the device before anything else; the tensor itself when it is still there.
 
     Raises:
-        IntegrityError: the disk returned other bytes. The session is FAILED when it is `needed` to go on.
+        IntegrityError: the disk returned other bytes. The session is FAILED when nothing else is left to go back to: it
+            is `needed`.
     """
     there = boundary.device
     if there is not None:
@@ -64,8 +65,11 @@ def load_boundary(
         with boundary.lock:
             boundary.readers -= 1
         pager.staging.give_back(slot)
-        if needed and isinstance(error, IntegrityError):
-            pager.fail(holding, error)
+        if isinstance(error, IntegrityError):
+            if needed:
+                pager.fail(holding, error)
+            else:
+                error.add_note("the session's other checkpoints can still be resumed")
         raise
     holding.reading = (boundary, slot.ready)
     trace.ready = slot.ready

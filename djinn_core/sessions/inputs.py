@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,16 +14,19 @@ from djinn_core.sessions.checkpoint import PassInputs, Story
 from djinn_core.sessions.edits import Edit, check_edits
 from djinn_core.sessions.holding import Holding
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 EditsByLayer = Mapping[int, Sequence[Edit]]
 NO_EDITS: EditsByLayer = {}
 
 
 def make_inputs(
+    model: PreTrainedModel,
     holding: Holding,
     story: Story,
     ids: torch.Tensor,
     mask: torch.Tensor | None,
-    vocabulary: int,
     device: torch.device,
 ) -> PassInputs:
     """The inputs of a pass over the pending token and `ids` [B, T], on the device.
@@ -30,9 +34,9 @@ def make_inputs(
     Positions are given only where something is padded, as `generate` does; else the model counts them itself.
 
     Raises:
-        UsageError: shapes or dtypes do not fit the session, or an id lies outside of the `vocabulary`. On a GPU such an
-            id would end the process's context, and every session with it. Ids that lie there already are not looked at:
-            that would wait for the device.
+        UsageError: shapes or dtypes do not fit the session, or an id lies outside of the model's vocabulary. On a GPU
+            such an id would end the process's context, and every session with it. Ids that lie there already are not
+            looked at: that would wait for the device.
         SessionStateError: the session would grow past its longest length.
     """
     batch_size, longest, length = holding.layout.batch_size, holding.layout.max_length, min(holding.table.lengths)
@@ -44,10 +48,7 @@ def make_inputs(
             f"[{batch_size}, T]"
         )
     if ids.device.type == "cpu" and ids.numel():
-        least, most = (int(bound) for bound in torch.aminmax(ids))
-        if least < 0 or most >= vocabulary:
-            wrong = least if least < 0 else most
-            raise UsageError(f"{wrong} is among the input_ids; the model's go from 0 to {vocabulary - 1}")
+        _check_ids(model, ids)
     if mask is not None and mask.shape != ids.shape:
         raise UsageError(f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}; give equal ones")
     ids = ids.to(device)
@@ -70,6 +71,16 @@ def make_inputs(
     whole = torch.cat([before.to(device), added], dim=1)
     positions = (whole.cumsum(-1) - 1).masked_fill(whole == 0, 0)[:, -new:]
     return PassInputs(ids, whole, positions)
+
+
+def _check_ids(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if rows is None:  # wrapped, by an adapter
+        return
+    least, most = (int(bound) for bound in torch.aminmax(ids))
+    if least < 0 or most >= rows:
+        wrong = least if least < 0 else most
+        raise UsageError(f"{wrong} is among the input_ids; the model's go from 0 to {rows - 1}")
 
 
 def edits_by_layer(

@@ -22,6 +22,8 @@ from djinn_core.errors import SessionStateError, UnsupportedModel
 from djinn_core.memory.regions import Region
 from djinn_core.sessions.blocks import BlockTable, Layout
 
+POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings", "pos_encoding")  # as transformers calls them
+
 
 class SessionLayer(CacheLayerMixin):
     """One layer's K and V. `window` is None for full attention."""
@@ -138,15 +140,18 @@ def attention_windows(config: PretrainedConfig) -> list[int | None]:
     return windows
 
 
-def learned_positions(model: PreTrainedModel) -> int | None:
-    """How many positions a model with a table of them has; None where they are computed, without an end.
+def positions_in_table(model: PreTrainedModel) -> int | None:
+    """How many positions a model with a table of them has, learned or not; None where each is computed.
 
     On a GPU a position beyond the table would end the process's context.
     """
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    if all(table is model.get_input_embeddings() for table in tables):
-        return None
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limits = []
+    for name, module in model.get_decoder().named_modules():
+        if name.rsplit(".", 1)[-1] in POSITION_TABLES and isinstance(module, nn.Embedding):
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            limits.append(module.num_embeddings - getattr(module, "offset", first))
+        limits += [len(table) for own, table in module.named_buffers(recurse=False) if own in POSITION_TABLES]
+    return min(limits, default=None)
 
 
 def kv_layout(

@@ -7,6 +7,7 @@ holds any more is given up at once, in every tier.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from djinn_core.errors import DeviceError
 from djinn_core.sessions.admission import admit
@@ -112,7 +113,7 @@ class Lineages(Room):
             self._unmap_alone(holding, blocks)
 
     def fork(self, holding: Holding) -> Holding:
-        """Another session with the same past: it shares every block, and has none mapped yet.
+        """Another session with the same past and checkpoints: it shares every block, and has none mapped yet.
 
         Raises:
             OutOfDeviceMemory: the tiers could not hold both at their longest.
@@ -124,7 +125,15 @@ class Lineages(Room):
             twin.go(SessionState.PAUSED, "be forked")
             twin.go(SessionState.SWAPPED, "be forked")
             self.holdings[twin.id] = twin
-        self.tiers.expect_sessions()
+        try:
+            for point in holding.checkpoints:
+                with self.lock:
+                    own = replace(point, table=point.table.copy())
+                self.add_checkpoint(twin, own)
+            self.tiers.expect_sessions()
+        except BaseException:
+            self.close_session(twin)
+            raise
         self.log(twin, f"fork of {holding.id}")
         return twin
 

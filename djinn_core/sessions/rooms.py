@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 from djinn_core.device.base import Device
 from djinn_core.errors import SessionStateError, UsageError
-from djinn_core.interrupts import Uninterrupted
+from djinn_core.interrupts import Uninterrupted, acquire, act
 from djinn_core.memory.disktier import DiskTier
 from djinn_core.memory.extents import ExtentPool
 from djinn_core.memory.hosttier import HostTier
 from djinn_core.sessions.blocks import Layout
 from djinn_core.sessions.checkpoint import Story
 from djinn_core.sessions.holding import Holding
-from djinn_core.sessions.kvcache import attention_windows, kv_layout, learned_positions
+from djinn_core.sessions.kvcache import attention_windows, kv_layout, positions_in_table
 from djinn_core.sessions.pager import Pager
 from djinn_core.sessions.policy import Policy
 from djinn_core.sessions.session import Session
@@ -94,7 +94,13 @@ class Sessions:
         """
         with Uninterrupted():
             holding = self.open_holding(model, max_length=max_length, batch_size=batch_size)
-            return Session(model, self.pager, holding)
+            try:
+                session = Session(model, self.pager, holding)
+                act()
+            except BaseException:
+                self.pager.close_session(holding)
+                raise
+            return session
 
     def open_holding(self, model: PreTrainedModel, *, max_length: int, batch_size: int) -> Holding:
         """The memory side of `open`; `load_session` fills it."""
@@ -102,9 +108,9 @@ class Sessions:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"{name} is {value!r}; give a whole number from 1")
         attention_windows(model.config)
-        positions = learned_positions(model)
+        positions = positions_in_table(model)
         if positions is not None and max_length > positions:
-            raise UsageError(f"max_length is {max_length}; this model has learned only {positions} positions")
+            raise UsageError(f"max_length is {max_length}; this model has a table of {positions} positions")
         layout = self.layout(model, max_length, batch_size)
         hidden = model.config.get_text_config(decoder=True).hidden_size
         return self.pager.open(layout, batch_size * max_length * hidden * layout.dtype.itemsize)
@@ -118,7 +124,7 @@ class Sessions:
 
     def infos(self) -> SessionTable:
         """Every open session, now."""
-        with self.pager.lock:
+        with Uninterrupted(), self.pager.lock:
             return SessionTable(_info(holding) for holding in self.pager.holdings.values())
 
     def close(self) -> None:
@@ -136,7 +142,8 @@ class Sessions:
                             f"session {holding.id} is in use by this thread, which closes all sessions meanwhile (from "
                             "a hook?); close them after it"
                         )
-                    held.enter_context(holding.user)
+                    acquire(holding.user)
+                    held.callback(holding.user.release)
                     taken.append(holding)
             self.pager.ending = True
             for holding in taken:

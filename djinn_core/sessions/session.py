@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from djinn_core.errors import BreakpointError, SessionStateError, UsageError
-from djinn_core.interrupts import Interruptible
+from djinn_core.interrupts import act
 from djinn_core.models.boundary import RUNNING, PassStopped
 from djinn_core.sessions.behind import write_behind
 from djinn_core.sessions.breakpoints import Breakpoint, check_breakpoint, check_layer
@@ -58,7 +58,6 @@ class Session:
         self._holding = holding
         self._layers = holding.layout.layers
         self._hidden = model.config.get_text_config(decoder=True).hidden_size
-        self._vocabulary = model.get_input_embeddings().num_embeddings
         self._cache = SessionCache(attention_windows(model.config), holding.layout, holding.region, holding.table)
         self._story = story or Story()
         self._generator: torch.Generator | None = None
@@ -105,16 +104,15 @@ class Session:
     @property
     def ids(self) -> torch.Tensor:
         """[B, n] of every token that it was given or has chosen; after an error in `generate` too."""
-        pieces = [*self._story.ids, *([] if self._story.pending is None else [self._story.pending])]
+        story, stopped = self._story, self.stopped
+        last = story.pending if stopped is None else stopped.inputs.ids
+        pieces = story.ids if last is None else (*story.ids, last)
         return torch.cat(pieces, dim=1) if pieces else torch.empty((self.batch_size, 0), dtype=torch.long)
 
     @property
     def device_bytes(self) -> int:
         """Device memory behind its KV, shared blocks included."""
         return self._holding.device_bytes
-
-    def _use(self, doing: str) -> Use:
-        return Use(self._holding, doing)
 
     def _need_running(self, doing: str) -> None:
         state = self.state  # before the look at failures: one that comes after it is told by the pass
@@ -150,7 +148,7 @@ class Session:
             OutOfDeviceMemory: running sessions, or others on the device, leave no room; the session is whole, try again
                 after pausing one.
         """
-        with self._use("run"):
+        with Use(self._holding, "run"):
             self._need_running("run")
             if stop_after is not None:
                 check_layer(stop_after, self._layers)
@@ -171,7 +169,7 @@ class Session:
             BreakpointError: it names a place that does not exist, or every sequence ended before it fired.
             SessionStateError: nothing has been run yet, or as for `forward`.
         """
-        with self._use("generate"):
+        with Use(self._holding, "generate"):
             self._need_running("generate")
             if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
                 raise UsageError(f"max_new_tokens is {max_new_tokens!r}; give a whole number from 1")
@@ -217,7 +215,7 @@ class Session:
         self._run(replace(self._story, pending=None), inputs, 0, stop, NO_EDITS)
 
     def _inputs(self, ids: torch.Tensor, mask: torch.Tensor | None) -> PassInputs:
-        inputs = make_inputs(self._holding, self._story, ids, mask, self._vocabulary, self._pager.device.torch_device)
+        inputs = make_inputs(self._model, self._holding, self._story, ids, mask, self._pager.device.torch_device)
         return inputs if self._has_positions else replace(inputs, positions=None)
 
     def _edits(
@@ -262,6 +260,7 @@ class Session:
             if stop is None:
                 self._story = replace(story, ids=(*story.ids, inputs.ids), mask=inputs.mask, logits=out)
                 self.stopped = None
+                act()
                 return out
             applied = earlier + tuple(edit for layer in sorted(edits) for edit in edits[layer])
             self._story = self._with_random(story)
@@ -269,6 +268,7 @@ class Session:
                 point = Checkpoint(stop, boundary, inputs, holding.table.copy(), self._story, applied)
             pager.add_checkpoint(holding, point)
             self.stopped = point
+            act()
             pager.boundary_issued(boundary)
             return point
         except BaseException:
@@ -290,7 +290,7 @@ class Session:
         token = RUNNING.set(control)
         self._cache.begin(start)
         try:
-            with torch.no_grad(), Interruptible():
+            with torch.no_grad():
                 out = self._model(
                     input_ids=inputs.ids, past_key_values=self._cache, use_cache=True, return_dict=True, **given
                 )
@@ -313,7 +313,7 @@ class Session:
             expected_resume_s: seconds from now at which it will probably be resumed; it is brought back just before.
             release: give the memory up as soon as it is written back, whether anyone needs it or not.
         """
-        with self._use("be paused"):
+        with Use(self._holding, "be paused"):
             self._holding.done_reading()
             self._pager.pause(self._holding, expected_resume_s, release)
 
@@ -334,7 +334,7 @@ class Session:
             edits: of the boundary, before it goes in; or a mapping from layer to edits.
         """
         begun_s = time.perf_counter()
-        with self._use("resume"):
+        with Use(self._holding, "resume"):
             place = self.stopped if checkpoint is None else self._holding.own(checkpoint)
             if place is None and self.state is SessionState.RUNNING:
                 raise refusal(self.id, self.state, "resume")
@@ -365,7 +365,7 @@ class Session:
         stop_after: int | None,
     ) -> torch.Tensor | Checkpoint:
         pager, holding, trace = self._pager, self._holding, Trace(begun_s)
-        slot = load_boundary(pager, holding, place.boundary, trace, needed=place is self.stopped)
+        slot = load_boundary(pager, holding, place.boundary, trace, needed=holding.checkpoints == [self.stopped])
         entered = False
 
         def enter(hidden: torch.Tensor) -> torch.Tensor:
@@ -413,7 +413,7 @@ class Session:
 
     def prefetch(self) -> None:
         """Begin to bring a paused session back, without running it. It stays paused, and may leave again."""
-        with self._use("be prefetched"):
+        with Use(self._holding, "be prefetched"):
             self._pager.prefetch(self._holding)
 
     def wait_until(self, what: str, timeout_s: float) -> None:
@@ -429,7 +429,7 @@ class Session:
 
     def checkpoint(self) -> Checkpoint:
         """A checkpoint of where the session stands: between tokens, or the stopped pass's own."""
-        with self._use("be checkpointed"):
+        with Use(self._holding, "be checkpointed"):
             if self.state in (SessionState.CLOSED, SessionState.FAILED):
                 raise refusal(self.id, self.state, "be checkpointed")
             if self.stopped is not None:
@@ -442,7 +442,7 @@ class Session:
 
     def drop(self, checkpoint: Checkpoint) -> None:
         """Forget a checkpoint, and give up what only it refers to."""
-        with self._use("drop a checkpoint"):
+        with Use(self._holding, "drop a checkpoint"):
             own = self._holding.own(checkpoint)
             if own is self.stopped:
                 raise SessionStateError(f"session {self.id} stands at {own.id}; resume it, or another one, first")
@@ -454,26 +454,27 @@ class Session:
 
     def fork(self) -> Session:
         """Another session that stands where this one does, and shares its memory. It is paused: resume it."""
-        with self._use("be forked"):
+        with Use(self._holding, "be forked"):
             if self.state in (SessionState.CLOSED, SessionState.FAILED):
                 raise refusal(self.id, self.state, "be forked")
             self._holding.wait_issued(interruptible=True)
             self._story = self._with_random(self._story)
             twin = self._pager.fork(self._holding)
-            branch = Session(self._model, self._pager, twin, self._story)
-            for point in self._holding.checkpoints:
-                with self._pager.lock:
-                    own = replace(point, table=point.table.copy())
-                self._pager.add_checkpoint(twin, own)
-                if point is self.stopped:
-                    branch.stopped = own
+            try:
+                branch = Session(self._model, self._pager, twin, self._story)
+                if self.stopped is not None:
+                    branch.stopped = twin.checkpoints[self.checkpoints.index(self.stopped)]
+                act()
+            except BaseException:
+                self._pager.close_session(twin)
+                raise
             return branch
 
     def save(self, folder: str | Path) -> None:
         """Write the session and its checkpoints to `folder`: safetensors and JSON, complete or not at all."""
         from djinn_core.sessions.snapshot import save_session  # which knows this class
 
-        with self._use("be saved"):
+        with Use(self._holding, "be saved"):
             if self.state in (SessionState.CLOSED, SessionState.FAILED):
                 raise refusal(self.id, self.state, "be saved")
             self._story = self._with_random(self._story)
@@ -481,7 +482,7 @@ class Session:
 
     def close(self) -> None:
         """Give up everything that it holds. Twice is once."""
-        with self._use("be closed"):
+        with Use(self._holding, "be closed"):
             if self.state is SessionState.CLOSED:
                 return
             self._pager.close_session(self._holding)

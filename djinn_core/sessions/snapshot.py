@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from djinn_core.errors import DeviceError, DjinnError, IntegrityError, OutOfDisk, OutOfHostMemory, UsageError
-from djinn_core.interrupts import Interruptible, Uninterrupted
+from djinn_core.interrupts import Interruptible, Uninterrupted, acquire, act
 from djinn_core.sessions.blocks import Block, BlockTable, Stored
 from djinn_core.sessions.checkpoint import Boundary, Checkpoint, PassInputs, Story
 from djinn_core.sessions.edits import Recorded
@@ -166,13 +166,15 @@ def save_session(session: Session, folder: str | Path) -> None:
         DeviceError: the file system failed otherwise. Nothing is left of what was written; the session is as it was.
     """
     folder = Path(folder)
-    with session._pager.saving:  # two that hold a part of what they need of the host would wait for each other
+    acquire(session._pager.saving)  # two that hold a part of what they need of the host would wait for each other
+    try:
         if folder.exists():
             raise UsageError(f"{folder} exists already; save to a new folder")
-        try:
-            _save(session, folder)
-        except OSError as error:
-            raise _not_saved(session, folder, error) from error
+        _save(session, folder)
+    except OSError as error:
+        raise _not_saved(session, folder, error) from error
+    finally:
+        session._pager.saving.release()
 
 
 def _not_saved(session: Session, folder: Path, error: OSError) -> DjinnError:
@@ -300,7 +302,8 @@ class _Loader:
         boundary = Boundary(self.file.shape(name), self.file.dtype(name), None)
         self.boundaries.append(boundary)
         boundary.host = self.sessions.pager.tiers.allocate(boundary.size_bytes, self.holding.id)
-        self.file.read_into(name, boundary.host.tensor[: boundary.size_bytes])
+        with Interruptible():
+            self.file.read_into(name, boundary.host.tensor[: boundary.size_bytes])
         boundary.host_valid_bytes = boundary.size_bytes
         return boundary
 
@@ -335,6 +338,7 @@ def _load(folder: Path, meaning: dict[str, Any], model: PreTrainedModel, session
                 sessions.pager.add_checkpoint(holding, loader.checkpoint(entry))
         if meaning["stopped"] is not None:
             session.stopped = holding.checkpoints[meaning["stopped"]]
+        act()
         return session
     except (KeyError, TypeError, IndexError, ValueError) as error:
         _give_up(sessions, holding, loader)

@@ -19,6 +19,7 @@ import torch
 
 from djinn_core.device.base import Device, Direction, Event
 from djinn_core.errors import DeviceError
+from djinn_core.interrupts import wait_for
 from djinn_core.memory.extents import Extent, ExtentPool
 from djinn_core.memory.ledger import Kind
 from djinn_core.memory.regions import Region
@@ -128,7 +129,7 @@ class Staging:
             return self._idle.popleft()
         except IndexError:
             with self._changed:
-                self._changed.wait_for(lambda: self._idle)
+                wait_for(self._changed, lambda: self._idle)
                 return self._idle.popleft()
 
     def give_back(self, slot: Slot) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from djinn_core.errors import IntegrityError
+from djinn_core.interrupts import Interruptible
 from djinn_core.models.safetensor_file import DTYPE_NAMES, DTYPES
 
 PIECE_BYTES = 8 << 20
@@ -63,7 +64,8 @@ class TensorFile:
         except OSError as error:
             raise IntegrityError(f"cannot read {path}: {error.strerror}") from error
         try:
-            self._check(blake2b)
+            with Interruptible():
+                self._check(blake2b)
             self._entries, self._data = self._header()
         except BaseException:
             self._file.close()

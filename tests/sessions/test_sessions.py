@@ -7,9 +7,20 @@ import time
 
 import pytest
 import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTJConfig,
+    LlamaConfig,
+    OPTConfig,
+    PretrainedConfig,
+    RobertaConfig,
+    WhisperConfig,
+)
 
 from djinn_core.errors import BreakpointError, DjinnError, OutOfDeviceMemory, SessionStateError, UsageError
 from djinn_core.sessions import Breakpoint, Scale, SessionState
+from djinn_core.sessions.kvcache import positions_in_table
 from tests.sessions.oracle import Oracle, prompt
 from tests.sessions.rigs import LAYERS, MakeRig, Rig
 
@@ -222,7 +233,7 @@ def test_an_id_that_would_end_a_gpus_context_is_refused(rig: Rig, wrong: int) ->
 
 
 def test_a_session_longer_than_the_models_table_of_positions_is_refused(make_rig: MakeRig) -> None:
-    with pytest.raises(UsageError, match="max_length is 257; this model has learned only 256 positions"):
+    with pytest.raises(UsageError, match="max_length is 257; this model has a table of 256 positions"):
         make_rig("gpt2").open(max_length=257)
     make_rig("llama").open(max_length=257)  # computes them
 
@@ -431,3 +442,24 @@ def test_breakpoints_in_generation(rig: Rig) -> None:
     assert torch.equal(session.generate(3), wanted[:, 3:])
     with pytest.raises(BreakpointError, match="never run"):
         session.generate(2, stop_at=Breakpoint(layer=2, token=2))
+
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        (LlamaConfig(**SIZES, max_position_embeddings=32), None),
+        (GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32), 32),
+        (GPTJConfig(n_embd=16, n_layer=2, n_head=2, rotary_dim=4, n_positions=32), 32),
+        (OPTConfig(**SIZES, ffn_dim=16, word_embed_proj_dim=16, max_position_embeddings=32), 32),
+        (RobertaConfig(**SIZES, max_position_embeddings=34, is_decoder=True), 32),
+        (WhisperConfig(d_model=16, decoder_layers=2, decoder_attention_heads=2, max_target_positions=32), 32),
+    ],
+    ids=lambda value: getattr(value, "model_type", str(value)),
+)
+def test_how_many_positions_a_model_has(config: PretrainedConfig, positions: int | None) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert positions_in_table(model) == positions

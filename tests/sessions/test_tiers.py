@@ -13,6 +13,7 @@ import torch
 from djinn_core.device.faults import FaultPlan
 from djinn_core.errors import DjinnError, IntegrityError, OutOfDeviceMemory
 from djinn_core.sessions import Candidate, ExpectedLast, Session, SessionState
+from djinn_core.sessions.checkpoint import Boundary
 from tests.sessions.oracle import Oracle, prompt
 from tests.sessions.rigs import MakeRig, Rig
 
@@ -98,15 +99,14 @@ def test_a_disk_that_returns_other_bytes_fails_the_session(make_rig: MakeRig) ->
 @pytest.mark.parametrize("earlier", [False, True])
 def test_a_boundary_that_the_disk_has_lost_fails_who_stands_there(make_rig: MakeRig, earlier: bool) -> None:
     rig = make_rig(disk_bytes=32 * SESSION_BYTES)
-    session, tiers = rig.open(), rig.sessions.pager.tiers
+    session = rig.open()
     session.forward(prompt(), stop_after=2)
     point = session.stopped
     if earlier:
         session.resume()
     session.pause(release=True)
     session.wait_until("released", 10)
-    assert tiers._spill(session._holding, point.boundary)
-    corrupt(rig.disk, point.boundary.disk.offset)
+    lose(rig, session, point.boundary)
     with pytest.raises(IntegrityError, match="crc32"):
         session.resume(point)
     if earlier:
@@ -120,6 +120,29 @@ def test_a_boundary_that_the_disk_has_lost_fails_who_stands_there(make_rig: Make
         with pytest.raises(DjinnError, match="a part of its state was lost"):
             session.resume()
     session.close()
+
+
+def test_who_has_another_checkpoint_goes_back_to_that(make_rig: MakeRig) -> None:
+    rig = make_rig(disk_bytes=32 * SESSION_BYTES)
+    session = rig.open()
+    start = session.forward(prompt(), stop_after=2)
+    lost = session.resume(stop_after=3)
+    session.pause(release=True)
+    session.wait_until("released", 10)
+    lose(rig, session, lost.boundary)
+    with pytest.raises(IntegrityError) as caught:
+        session.resume()
+    assert caught.value.__notes__ == ["the session's other checkpoints can still be resumed"]
+    assert torch.equal(session.resume(start), Oracle(rig.stock).forward(prompt()))
+
+
+def lose(rig: Rig, session: Session, boundary: Boundary) -> None:
+    """Put a boundary on the disk, which returns other bytes from then on."""
+    deadline = time.monotonic() + 10
+    while not boundary.settled and time.monotonic() < deadline:  # the writer drops its device copy
+        time.sleep(0.01)
+    assert rig.sessions.pager.tiers._spill(session._holding, boundary)
+    corrupt(rig.disk, boundary.disk.offset)
 
 
 def corrupt(disk, offset: int) -> None:
