@@ -3,9 +3,9 @@
 A model's own code may be interrupted anywhere. What claims, maps, copies and counts memory may not: half of such a step
 leaves memory that nobody holds, or a lock that nobody gives back. So within `Uninterrupted` a SIGINT is noted, and
 handled as ever when the block ends. `Interruptible` lets it through again inside, around a layer; long waits go through
-`wait_for` and `acquire`, which it ends; and a call that is about to count, or to hand out what it has made, lets it
-`act` before, while all can still be undone. A second Ctrl-C is not held off: whoever insists gets out, whatever stays
-behind.
+`wait_for`, `acquire` and `taken`, which it ends; and a call that is about to count, or to hand out what it has made,
+lets it `act` before, while all can still be undone. A second Ctrl-C is not held off: whoever insists gets out, whatever
+stays behind.
 
 Only the main thread is ever interrupted, so everything here does nothing on others. The handler is ours only within the
 outermost block. One that C code has set behind Python's back (`faulthandler.register`) is not seen, and not put back.
@@ -22,7 +22,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 SLICE_S = 0.05  # how long a wait goes on after Ctrl-C
@@ -125,12 +126,13 @@ class Interruptible:
         self._was = _Main.held and _is_main()
         if not self._was:
             return
+        held = True
         try:
             _Main.held = False
             _handle()
-        except BaseException:
-            _Main.held = True
-            raise
+            held = False
+        finally:
+            _Main.held = held
 
     def __exit__(self, *_: object) -> None:
         if self._was:
@@ -150,6 +152,16 @@ def acquire(lock: threading.Lock) -> None:
         return
     while not lock.acquire(timeout=SLICE_S):
         act()
+
+
+@contextmanager
+def taken(lock: threading.Lock) -> Iterator[None]:
+    """`with lock`, and a Ctrl-C that is held off ends the wait for it."""
+    acquire(lock)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def wait_for(condition: threading.Condition, predicate: Callable[[], object], timeout_s: float | None = None) -> bool:

@@ -28,7 +28,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from djinn_core import context
 from djinn_core.device import open_device
 from djinn_core.errors import ConfigError, OutOfDeviceMemory, SessionStateError, UsageError
-from djinn_core.interrupts import Uninterrupted, acquire, act
+from djinn_core.interrupts import Uninterrupted, act, taken
 from djinn_core.loading import load_model
 from djinn_core.memory import DiskTier, ExtentPool, HostTier, Ledger, Memory
 from djinn_core.memory.hostmapping import available_bytes
@@ -343,13 +343,9 @@ class Runtime:
                 f"budget_bytes {budget_bytes:,} would give weights and sessions {extent_bytes:,} bytes, and "
                 f"{self.device.name} has {self.device.capacity_bytes:,} (emulated, the runtime's first budget)"
             )
-        with Uninterrupted():
-            acquire(self._resizing)
-            try:
-                self._opened().pager.resize(extent_bytes)
-                self.budget_bytes = self.ledger.budget_bytes = budget_bytes
-            finally:
-                self._resizing.release()
+        with Uninterrupted(), taken(self._resizing):
+            self._opened().pager.resize(extent_bytes)
+            self.budget_bytes = self.ledger.budget_bytes = budget_bytes
 
     def close(self) -> None:
         """Close sessions, unload models, and give all memory back. Twice is once."""

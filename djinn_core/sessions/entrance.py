@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from djinn_core.errors import IntegrityError
-from djinn_core.sessions.checkpoint import Boundary
+from djinn_core.sessions.checkpoint import Boundary, Checkpoint
 from djinn_core.sessions.holding import Holding
 from djinn_core.sessions.staging import Slot
 from djinn_core.sessions.trace import Trace
@@ -40,13 +40,13 @@ def keep_boundary(pager: Pager, boundary: Boundary, hidden: torch.Tensor) -> Non
 
 
 def load_boundary(
-    pager: Pager, holding: Holding, boundary: Boundary, trace: Trace, *, needed: bool
+    pager: Pager, holding: Holding, boundary: Boundary, trace: Trace, *, stands_at: Checkpoint | None
 ) -> Slot | torch.Tensor:
     """Issue the boundary's copy to the device before anything else; the tensor itself when it is still there.
 
     Raises:
-        IntegrityError: the disk returned other bytes. The session is FAILED when nothing else is left to go back to: it
-            is `needed`.
+        IntegrityError: the disk returned other bytes. The session is FAILED when the checkpoint that it `stands_at` is
+            the only one that it has.
     """
     there = boundary.device
     if there is not None:
@@ -66,7 +66,7 @@ def load_boundary(
             boundary.readers -= 1
         pager.staging.give_back(slot)
         if isinstance(error, IntegrityError):
-            if needed:
+            if holding.checkpoints == [stands_at]:
                 pager.fail(holding, error)
             else:
                 error.add_note("the session's other checkpoints can still be resumed")

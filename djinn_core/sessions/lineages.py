@@ -7,6 +7,7 @@ holds any more is given up at once, in every tier.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 
 from djinn_core.errors import DeviceError
@@ -125,15 +126,14 @@ class Lineages(Room):
             twin.go(SessionState.PAUSED, "be forked")
             twin.go(SessionState.SWAPPED, "be forked")
             self.holdings[twin.id] = twin
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.close_session, twin)
             for point in holding.checkpoints:
                 with self.lock:
                     own = replace(point, table=point.table.copy())
                 self.add_checkpoint(twin, own)
             self.tiers.expect_sessions()
-        except BaseException:
-            self.close_session(twin)
-            raise
+            undo.pop_all()
         self.log(twin, f"fork of {holding.id}")
         return twin
 

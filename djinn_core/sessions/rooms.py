@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from djinn_core.device.base import Device
 from djinn_core.errors import SessionStateError, UsageError
-from djinn_core.interrupts import Uninterrupted, acquire, act
+from djinn_core.interrupts import Uninterrupted, act, taken
 from djinn_core.memory.disktier import DiskTier
 from djinn_core.memory.extents import ExtentPool
 from djinn_core.memory.hosttier import HostTier
@@ -92,14 +92,12 @@ class Sessions:
             UnsupportedModel: a layer keeps something other than keys and values.
             OutOfDeviceMemory: all tiers together could not hold every open session at its longest.
         """
-        with Uninterrupted():
+        with Uninterrupted(), ExitStack() as undo:
             holding = self.open_holding(model, max_length=max_length, batch_size=batch_size)
-            try:
-                session = Session(model, self.pager, holding)
-                act()
-            except BaseException:
-                self.pager.close_session(holding)
-                raise
+            undo.callback(self.pager.close_session, holding)
+            session = Session(model, self.pager, holding)
+            act()
+            undo.pop_all()
             return session
 
     def open_holding(self, model: PreTrainedModel, *, max_length: int, batch_size: int) -> Holding:
@@ -133,20 +131,19 @@ class Sessions:
         Raises:
             SessionStateError: this thread is using one itself (a hook of its pass); nothing was closed.
         """
-        taken: list[Holding] = []
+        used: list[Holding] = []
         with Uninterrupted(), ExitStack() as held:
-            while new := [holding for holding in list(self.pager.holdings.values()) if holding not in taken]:
+            while new := [holding for holding in list(self.pager.holdings.values()) if holding not in used]:
                 for holding in new:
                     if holding.user_thread == threading.get_ident():
                         raise SessionStateError(
                             f"session {holding.id} is in use by this thread, which closes all sessions meanwhile (from "
                             "a hook?); close them after it"
                         )
-                    acquire(holding.user)
-                    held.callback(holding.user.release)
-                    taken.append(holding)
+                    held.enter_context(taken(holding.user))
+                    used.append(holding)
             self.pager.ending = True
-            for holding in taken:
+            for holding in used:
                 if holding.state is not SessionState.CLOSED:
                     self.pager.close_session(holding)
             self.pager.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -365,7 +366,7 @@ class Session:
         stop_after: int | None,
     ) -> torch.Tensor | Checkpoint:
         pager, holding, trace = self._pager, self._holding, Trace(begun_s)
-        slot = load_boundary(pager, holding, place.boundary, trace, needed=holding.checkpoints == [self.stopped])
+        slot = load_boundary(pager, holding, place.boundary, trace, stands_at=self.stopped)
         entered = False
 
         def enter(hidden: torch.Tensor) -> torch.Tensor:
@@ -459,15 +460,14 @@ class Session:
                 raise refusal(self.id, self.state, "be forked")
             self._holding.wait_issued(interruptible=True)
             self._story = self._with_random(self._story)
-            twin = self._pager.fork(self._holding)
-            try:
+            with ExitStack() as undo:
+                twin = self._pager.fork(self._holding)
+                undo.callback(self._pager.close_session, twin)
                 branch = Session(self._model, self._pager, twin, self._story)
                 if self.stopped is not None:
                     branch.stopped = twin.checkpoints[self.checkpoints.index(self.stopped)]
                 act()
-            except BaseException:
-                self._pager.close_session(twin)
-                raise
+                undo.pop_all()
             return branch
 
     def save(self, folder: str | Path) -> None:

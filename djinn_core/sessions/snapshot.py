@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from djinn_core.errors import DeviceError, DjinnError, IntegrityError, OutOfDisk, OutOfHostMemory, UsageError
-from djinn_core.interrupts import Interruptible, Uninterrupted, acquire, act
+from djinn_core.interrupts import Interruptible, Uninterrupted, act, taken
 from djinn_core.sessions.blocks import Block, BlockTable, Stored
 from djinn_core.sessions.checkpoint import Boundary, Checkpoint, PassInputs, Story
 from djinn_core.sessions.edits import Recorded
@@ -166,15 +166,13 @@ def save_session(session: Session, folder: str | Path) -> None:
         DeviceError: the file system failed otherwise. Nothing is left of what was written; the session is as it was.
     """
     folder = Path(folder)
-    acquire(session._pager.saving)  # two that hold a part of what they need of the host would wait for each other
-    try:
+    with taken(session._pager.saving):  # two that hold a part of what they need of the host would wait for each other
         if folder.exists():
             raise UsageError(f"{folder} exists already; save to a new folder")
-        _save(session, folder)
-    except OSError as error:
-        raise _not_saved(session, folder, error) from error
-    finally:
-        session._pager.saving.release()
+        try:
+            _save(session, folder)
+        except OSError as error:
+            raise _not_saved(session, folder, error) from error
 
 
 def _not_saved(session: Session, folder: Path, error: OSError) -> DjinnError:
