@@ -141,7 +141,7 @@ def measure_layer(
     repeats = exp.config["warmups"] + exp.config["repeats"]
     for repeat in exp.progress.track(range(repeats), f"after layer {layer}"):
         warmup = repeat < exp.config["warmups"]
-        for contender in rotated(contenders, repeat):
+        for contender in balanced(contenders, repeat):
             logits, executed = measure_resume(exp, bench, contender, warmup, {"layer": layer})
             equal &= torch.equal(logits, reference)
             wanted = bench.depth if contender.method.name == "recompute" else bench.depth - layer
@@ -154,10 +154,14 @@ def measure_layer(
     exp.result.check(f"executed_layers_layer_{layer}", executed_as_said)
 
 
-def rotated(contenders: list[Contender], repeat: int) -> list[Contender]:
-    """Another one goes first in each repeat, so that no method always runs on a warmer device."""
-    cut = repeat % len(contenders)
-    return contenders[cut:] + contenders[:cut]
+def balanced(contenders: list[Contender], repeat: int) -> list[Contender]:
+    """The order of this repeat, by a Williams design: a method inherits warm caches, or cold ones, from whoever ran
+    before it, so everyone runs equally often right behind each other one: once in as many repeats as there are
+    contenders, or, of an odd number, twice in twice as many."""
+    count = len(contenders)
+    inwards = [place for step in range(count // 2 + 1) for place in (step, count - step)]
+    order = [contenders[(place + repeat) % count] for place in dict.fromkeys(place % count for place in inwards)]
+    return order[::-1] if count % 2 and repeat // count % 2 else order
 
 
 def measure_resume(
@@ -261,7 +265,7 @@ def measure_next_token(exp: harness.Experiment, bench: Bench, methods: list[Meth
     equal = True
     for repeat in range(exp.config["warmups"] + exp.config["repeats"]):
         warmup = repeat < exp.config["warmups"]
-        for contender in rotated(contenders, repeat):
+        for contender in balanced(contenders, repeat):
             logits, _ = measure_resume(exp, bench, contender, warmup, {}, next_ids)
             equal &= torch.equal(logits, reference)
             contender.method.rewind(contender.handle)
