@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from types import FrameType
 
 SLICE_S = 0.05  # how long a wait goes on after Ctrl-C
@@ -32,48 +33,52 @@ Handler = Callable[[int, FrameType | None], object]
 
 
 class _Main:
-    """The main thread's state.
+    """The main thread's state. One object: to set a class's attributes makes every later look at them slow.
 
     Attributes:
+        ident: the thread's.
         handler: what handles SIGINT outside, while `_note` does so.
         held: SIGINT is held off.
         pressed: one came meanwhile.
     """
 
-    handler: Handler = signal.default_int_handler
-    held = False
-    pressed = False
+    __slots__ = ("handler", "held", "ident", "pressed")
+
+    def __init__(self) -> None:
+        self.ident = threading.main_thread().ident
+        self.handler: Handler = signal.default_int_handler
+        self.held = self.pressed = False
+
+
+_main = _Main()
 
 
 def _note(number: int, frame: FrameType | None) -> None:
-    if _Main.held and not _Main.pressed:
-        _Main.pressed = True
+    if _main.held and not _main.pressed:
+        _main.pressed = True
         return
-    earlier, _Main.pressed = _Main.pressed, False
+    earlier, _main.pressed = _main.pressed, False
     if earlier:
-        _Main.handler(number, frame)
-    _Main.handler(number, frame)
+        _main.handler(number, frame)
+    _main.handler(number, frame)
 
 
 def _handle() -> None:
     """Handle a noted SIGINT, if there is one."""
-    if _Main.pressed:
-        _Main.pressed = False
-        _Main.handler(SIGINT, sys._getframe(1))
+    if _main.pressed:
+        _main.pressed = False
+        _main.handler(SIGINT, sys._getframe(1))
 
 
 def _in_child() -> None:
-    """After a fork: the blocks that another thread was in are not the child's."""
+    """After a fork: the thread that forked is the main one, and the blocks that another was in are not the child's."""
     if _signal.getsignal(SIGINT) is _note:
-        _signal.signal(SIGINT, _Main.handler)
-    _Main.held = _Main.pressed = False
+        _signal.signal(SIGINT, _main.handler)
+    _main.ident = get_ident()
+    _main.held = _main.pressed = False
 
 
 os.register_at_fork(after_in_child=_in_child)
-
-
-def _is_main() -> bool:
-    return threading.current_thread() is threading.main_thread()
 
 
 class Uninterrupted:
@@ -83,27 +88,27 @@ class Uninterrupted:
 
     def __enter__(self) -> None:
         self._handler, self._was = None, True
-        if not _is_main():
+        if get_ident() != _main.ident:
             return
         handler = _signal.getsignal(SIGINT)
         if handler is _note:
-            self._was, _Main.held = _Main.held, True
+            self._was, _main.held = _main.held, True
         elif callable(handler):  # else it is ignored, or not Python's to handle
             self._hold_off(handler)
 
     def _hold_off(self, handler: Handler) -> None:
-        _Main.handler, _Main.pressed, _Main.held = handler, False, True
+        _main.handler, _main.pressed, _main.held = handler, False, True
         try:
             _signal.signal(SIGINT, _note)
             self._handler = handler
         except ValueError:  # an interpreter beside the main one: nothing interrupts it
-            _Main.held = False
+            _main.held = False
 
     def __exit__(self, *_: object) -> None:
         if self._handler is not None:
             self._restore(self._handler)
         elif not self._was:
-            _Main.held = False
+            _main.held = False
             _handle()
 
     def _restore(self, handler: Handler) -> None:
@@ -112,7 +117,7 @@ class Uninterrupted:
             if meanwhile is not _note:  # someone else has set one, for what comes
                 _signal.signal(SIGINT, meanwhile)
         finally:
-            pressed, _Main.pressed, _Main.held = _Main.pressed, False, False
+            pressed, _main.pressed, _main.held = _main.pressed, False, False
         if pressed:
             handler(SIGINT, sys._getframe(1))
 
@@ -123,31 +128,31 @@ class Interruptible:
     __slots__ = ("_was",)
 
     def __enter__(self) -> None:
-        self._was = _Main.held and _is_main()
+        self._was = _main.held and get_ident() == _main.ident
         if not self._was:
             return
         held = True
         try:
-            _Main.held = False
+            _main.held = False
             _handle()
             held = False
         finally:
-            _Main.held = held
+            _main.held = held
 
     def __exit__(self, *_: object) -> None:
         if self._was:
-            _Main.held = True
+            _main.held = True
 
 
 def act() -> None:
     """Here a Ctrl-C that is held off acts: all that has been done can still be undone."""
-    if _Main.pressed and _is_main():
+    if _main.pressed and get_ident() == _main.ident:
         _handle()
 
 
 def acquire(lock: threading.Lock) -> None:
     """`lock.acquire()`, which a Ctrl-C that is held off ends."""
-    if not (_Main.held and _is_main()):
+    if not (_main.held and get_ident() == _main.ident):
         lock.acquire()
         return
     while not lock.acquire(timeout=SLICE_S):
@@ -166,7 +171,7 @@ def taken(lock: threading.Lock) -> Iterator[None]:
 
 def wait_for(condition: threading.Condition, predicate: Callable[[], object], timeout_s: float | None = None) -> bool:
     """`condition.wait_for`, which a Ctrl-C that is held off ends, with the lock held."""
-    if not (_Main.held and _is_main()):
+    if not (_main.held and get_ident() == _main.ident):
         return bool(condition.wait_for(predicate, timeout_s))
     end_s = None if timeout_s is None else time.monotonic() + timeout_s
     while True:

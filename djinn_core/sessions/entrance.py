@@ -14,7 +14,6 @@ from djinn_core.errors import IntegrityError
 from djinn_core.sessions.checkpoint import Boundary, Checkpoint
 from djinn_core.sessions.holding import Holding
 from djinn_core.sessions.staging import Slot
-from djinn_core.sessions.trace import Trace
 
 if TYPE_CHECKING:
     from djinn_core.sessions.pager import Pager
@@ -40,7 +39,7 @@ def keep_boundary(pager: Pager, boundary: Boundary, hidden: torch.Tensor) -> Non
 
 
 def load_boundary(
-    pager: Pager, holding: Holding, boundary: Boundary, trace: Trace, *, stands_at: Checkpoint | None
+    pager: Pager, holding: Holding, boundary: Boundary, *, stands_at: Checkpoint | None
 ) -> Slot | torch.Tensor:
     """Issue the boundary's copy to the device before anything else; the tensor itself when it is still there.
 
@@ -50,7 +49,6 @@ def load_boundary(
     """
     there = boundary.device
     if there is not None:
-        trace.there(pager.device, pager.device.current_stream())
         return there
     slot = pager.staging.take()
     with boundary.lock:
@@ -72,7 +70,6 @@ def load_boundary(
                 error.add_note("the session's other checkpoints can still be resumed")
         raise
     holding.reading = (boundary, slot.ready)
-    trace.ready = slot.ready
     return slot
 
 
@@ -84,7 +81,7 @@ def enter_boundary(pager: Pager, boundary: Boundary, slot: Slot | torch.Tensor) 
     try:
         compute.wait_event(slot.ready)
         hidden = slot.bytes[: boundary.size_bytes].view(boundary.dtype).view(boundary.shape).clone()
-        slot.free.record(compute)
+        pager.staging.read(slot, compute)
     finally:
         pager.staging.give_back(slot)
     return hidden

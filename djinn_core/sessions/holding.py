@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from typing import TYPE_CHECKING
 
 from djinn_core.device.base import Device, Event
@@ -201,7 +202,7 @@ class Holding:
         return self.found_clean
 
 
-class Use:
+class Use(Uninterrupted):
     """A call of a session's one caller, entered around it; Ctrl-C waits for its end, or for the next layer.
 
     A generator would take longer than what a resume does here.
@@ -210,25 +211,26 @@ class Use:
         SessionStateError: another thread is in such a call.
     """
 
+    __slots__ = ("_doing", "_holding")
+
     def __init__(self, holding: Holding, doing: str) -> None:
         self._holding = holding
         self._doing = doing
-        self._uninterrupted = Uninterrupted()
 
     def __enter__(self) -> None:
-        self._uninterrupted.__enter__()
+        Uninterrupted.__enter__(self)
         if not self._holding.user.acquire(blocking=False):
-            self._uninterrupted.__exit__()
+            Uninterrupted.__exit__(self)
             raise SessionStateError(
                 f"session {self._holding.id} cannot {self._doing}: another thread is using it; a session has one "
                 "caller at a time"
             )
-        self._holding.user_thread = threading.get_ident()
+        self._holding.user_thread = get_ident()
 
     def __exit__(self, *exception: object) -> None:
         self._holding.user_thread = None
         self._holding.user.release()
-        self._uninterrupted.__exit__()
+        Uninterrupted.__exit__(self)
 
 
 def _arrives(event: Event) -> bool:

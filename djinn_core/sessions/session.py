@@ -335,13 +335,14 @@ class Session:
             edits: of the boundary, before it goes in; or a mapping from layer to edits.
         """
         begun_s = time.perf_counter()
-        with Use(self._holding, "resume"):
-            place = self.stopped if checkpoint is None else self._holding.own(checkpoint)
-            if place is None and self.state is SessionState.RUNNING:
-                raise refusal(self.id, self.state, "resume")
-            if self.state in (SessionState.CLOSED, SessionState.FAILED):
-                raise refusal(self.id, self.state, "resume") from self._holding.failure
-            self._holding.done_reading()
+        holding = self._holding
+        with Use(holding, "resume"):  # as little as may be comes before a boundary's copy
+            place = self.stopped if checkpoint is None else holding.own(checkpoint)
+            state = holding.state
+            if state in (SessionState.CLOSED, SessionState.FAILED) or (place is None and state is SessionState.RUNNING):
+                raise refusal(self.id, state, "resume") from holding.failure
+            if holding.reading is not None:
+                holding.done_reading()
             if place is None or place.boundary is None:
                 return self._resume_between(place, begun_s, edits, stop_after)
             return self._resume_stopped(place, begun_s, edits, stop_after)
@@ -349,7 +350,7 @@ class Session:
     def _resume_between(self, place: Checkpoint | None, begun_s: float, edits: object, stop_after: int | None) -> None:
         check_between(self.id, edits, stop_after)
         pager, holding, trace = self._pager, self._holding, Trace(begun_s)
-        trace.there(pager.device, pager.staging.urgent)
+        trace.there(pager.device, pager.staging.urgent[0])
         if place is not None:
             pager.adopt(holding, place)
             self._stand_at(place)
@@ -365,17 +366,18 @@ class Session:
         edits: Sequence[Edit] | Mapping[int, Sequence[Edit]],
         stop_after: int | None,
     ) -> torch.Tensor | Checkpoint:
-        pager, holding, trace = self._pager, self._holding, Trace(begun_s)
-        slot = load_boundary(pager, holding, place.boundary, trace, stands_at=self.stopped)
-        entered = False
+        pager, holding, entered = self._pager, self._holding, False
+        slot = load_boundary(pager, holding, place.boundary, stands_at=self.stopped)
+        trace = Trace(begun_s, slot.ready if isinstance(slot, Slot) else None)
 
         def enter(hidden: torch.Tensor) -> torch.Tensor:
             nonlocal entered
             entered = True
-            out = enter_boundary(pager, place.boundary, slot)
-            return apply_edits(by_layer.get(place.layer, ()), out)
+            return apply_edits(by_layer.get(place.layer, ()), enter_boundary(pager, place.boundary, slot))
 
         try:
+            if trace.ready is None:
+                trace.there(pager.device, pager.device.current_stream())
             trace.mark("boundary issued")
             if stop_after is not None and check_layer(stop_after, self._layers) <= place.layer:
                 raise BreakpointError(

@@ -1,9 +1,10 @@
 """Standing extents that boundaries pass through, mapped once, so that a resume's first copy waits for no map.
 
-A resume takes an inbound slot, issues the copy of its boundary into it at once, on a stream of its own, and gives the
-slot back when the pass has read it. A stop writes its boundary through the outbound slot, so that torch's allocator
-has the activation back at once. Inbound slots are taken before the turn and given back within it, the outbound one is
-used only within it, so nobody waits for a slot while holding what another one needs.
+A resume takes an inbound slot, issues the copy of its boundary into it at once, on the slot's own stream, and gives the
+slot back when the pass has read it; the stream is told then to wait for that, so that no copy begins with a question. A
+stop writes its boundary through the outbound slot, so that torch's allocator has the activation back at once. Inbound
+slots are taken before the turn and given back within it, the outbound one is used only within it, so nobody waits for a
+slot while holding what another one needs.
 
 Not taken: pooled extents mapped per resume. A map and its grant under load cost as much as the whole copy.
 """
@@ -17,7 +18,7 @@ from collections.abc import Callable
 
 import torch
 
-from djinn_core.device.base import Device, Direction, Event
+from djinn_core.device.base import Device, Direction, Event, Stream
 from djinn_core.errors import DeviceError
 from djinn_core.interrupts import wait_for
 from djinn_core.memory.extents import Extent, ExtentPool
@@ -33,13 +34,15 @@ class Slot:
 
     Attributes:
         bytes: uint8 over all of it.
+        stream: the one that its copies are on.
         ready: timing event behind the copy into it.
         filled: on an outbound slot, behind what wrote it.
         free: after this event it may be overwritten.
     """
 
-    def __init__(self, device: Device, pool: ExtentPool, acquire: Acquire, size_bytes: int) -> None:
+    def __init__(self, device: Device, pool: ExtentPool, acquire: Acquire, size_bytes: int, stream: Stream) -> None:
         self._pool = pool
+        self.stream = stream
         self.free = device.event()
         self.filled = device.event()
         self.renew(device)
@@ -88,7 +91,7 @@ class Staging:
         self._slots: list[Slot] = []
         self._outbound: Slot | None = None
         self._storing = threading.Lock()  # held while the outbound slot is written to, or replaced
-        self.urgent = device.stream(-1)
+        self.urgent = [device.stream(-1) for _ in range(INBOUND_SLOTS)]
         self.out_stream = device.stream(-1)
 
     def growth_bytes(self, size_bytes: int) -> int:
@@ -108,8 +111,8 @@ class Staging:
                 return
             new: list[Slot] = []
             try:
-                for _ in range(INBOUND_SLOTS + 1):
-                    new.append(Slot(self._device, self._pool, self._acquire, size_bytes))
+                for stream in (*self.urgent, self.out_stream):
+                    new.append(Slot(self._device, self._pool, self._acquire, size_bytes, stream))
             except BaseException:
                 for slot in new:
                     slot.close()
@@ -150,10 +153,13 @@ class Staging:
 
     def load(self, slot: Slot, source: torch.Tensor) -> None:
         """Issue the copy of a boundary into `slot`; done at `slot.ready`."""
-        if not slot.free.query():
-            self.urgent.wait_event(slot.free)
-        self._device.copy(slot.first(source.numel()), source, self.urgent, Direction.H2D)
-        slot.ready.record(self.urgent)
+        self._device.copy(slot.first(source.numel()), source, slot.stream, Direction.H2D)
+        slot.ready.record(slot.stream)
+
+    def read(self, slot: Slot, compute: Stream) -> None:
+        """What `compute` has now is the last that reads `slot`; the next copy into it waits for that."""
+        slot.free.record(compute)
+        slot.stream.wait_event(slot.free)
 
     def store(self, hidden: torch.Tensor, target: torch.Tensor, written: Event) -> None:
         """Write `hidden` (on the compute stream) to pinned `target`, asynchronously; done at `written`."""
@@ -170,10 +176,10 @@ class Staging:
             slot.free = self._device.event()
         slot.bytes[:size_bytes].view(hidden.dtype).view(hidden.shape).copy_(hidden)
         slot.filled.record(compute)
-        self.out_stream.wait_event(slot.filled)
-        self._device.copy(target, slot.bytes[:size_bytes], self.out_stream, Direction.D2H)
-        slot.free.record(self.out_stream)
-        written.record(self.out_stream)
+        slot.stream.wait_event(slot.filled)
+        self._device.copy(target, slot.bytes[:size_bytes], slot.stream, Direction.D2H)
+        slot.free.record(slot.stream)
+        written.record(slot.stream)
 
     def close(self) -> None:
         with self._changed:

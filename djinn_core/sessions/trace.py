@@ -17,16 +17,15 @@ class Trace:
 
     Attributes:
         begun_s: when `resume` was called, on the clock of `time.perf_counter`.
-        ready: timing event behind the boundary's copy; set by whoever issues it, or by `there`.
+        ready: timing event behind the boundary's copy; where nothing had to be copied, set by `there`.
         job: the bring-in of the KV, None when all of it was there.
         found_resident: all of the KV was on the device when `resume` was called, and no copy of it was under way.
         marks: (what had been done, when) on the calling thread, in order.
     """
 
-    ready: Event
-
-    def __init__(self, begun_s: float) -> None:
+    def __init__(self, begun_s: float, ready: Event | None = None) -> None:
         self.begun_s = begun_s
+        self.ready = ready
         self.job: BringIn | None = None
         self.found_resident = False
         self._first_layer: int | None = None

@@ -132,7 +132,8 @@ try:
     session.resume(stop_after=1)              # a mistake: it has been executed to 2
 except BreakpointError:
     pass
-staging.urgent.synchronize()
+for stream in staging.urgent:
+    stream.synchronize()
 rig.device.link_gbps = None
 rig.close()
 print("whole")

@@ -1,6 +1,7 @@
 """The order in which the methods of a repeat run: nobody may owe its time to whoever always runs before it."""
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -12,7 +13,7 @@ def test_everyone_runs_equally_often_behind_each_other_one(count):
     repeats = 2 * count if count % 2 else count
     orders = [balanced(list(range(count)), repeat) for repeat in range(repeats)]
     assert all(sorted(order) == list(range(count)) for order in orders)
-    neighbours = Counter(pair for order in orders for pair in zip(order, order[1:], strict=False))
+    neighbours = Counter(pair for order in orders for pair in pairwise(order))
     assert neighbours == {(a, b): 2 if count % 2 else 1 for a in range(count) for b in range(count) if a != b}
 
 
