@@ -184,8 +184,15 @@ class Device(ABC):
         """The stream on which the calling thread's torch operations run."""
 
     @abstractmethod
-    def event(self, timing: bool = False) -> Event:
-        """A new event, recorded nowhere yet (so it counts as complete)."""
+    def event(self, timing: bool = False, *, blocking: bool = False) -> Event:
+        """A new event, recorded nowhere yet (so it counts as complete).
+
+        Args:
+            timing: `elapsed_time` may be asked of it.
+            blocking: who synchronises with it sleeps, for a thread that waits beside another one's work. Otherwise the
+                wait is a spin, some ten microseconds quicker, that takes the driver's lock again and again: whoever
+                launches kernels meanwhile is slowed down (found in vLLM, pull request 47081).
+        """
 
     @abstractmethod
     def launch(self, stream: Stream, work: Callable[[], None]) -> None:

@@ -210,7 +210,7 @@ class CpuDevice(Device):
     def current_stream(self) -> Stream:
         return self._caller
 
-    def event(self, timing: bool = False) -> Event:
+    def event(self, timing: bool = False, *, blocking: bool = False) -> Event:
         return HostEvent(timing)
 
     def launch(self, stream: Stream, work: Callable[[], None]) -> None:

@@ -202,8 +202,8 @@ class CudaDevice(Device):
     def current_stream(self) -> Stream:
         return torch.cuda.current_stream(self._index)
 
-    def event(self, timing: bool = False) -> Event:
-        return torch.cuda.Event(enable_timing=timing)
+    def event(self, timing: bool = False, *, blocking: bool = False) -> Event:
+        return torch.cuda.Event(enable_timing=timing, blocking=blocking)
 
     def launch(self, stream: Stream, work: Callable[[], None]) -> None:
         self._enter()

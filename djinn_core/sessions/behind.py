@@ -70,11 +70,12 @@ class Behind:
         new = self._claim(layer)
         if not new:
             return
-        memory, written, event = self._holding.region.tensor, self._room.device.event(), self._room.device.event()
+        memory, device = self._holding.region.tensor, self._room.device
+        written, event = device.event(), device.event(blocking=True)
         written.record(compute)
         self._stream.wait_event(written)
         pairs = [(c.host.tensor[: c.end], memory[c.block.offset : c.block.offset + c.end]) for c in new]
-        self._room.device.copy_all(pairs, self._stream, Direction.D2H)
+        device.copy_all(pairs, self._stream, Direction.D2H)
         event.record(self._stream)
         for copy in new:
             copy.event = event

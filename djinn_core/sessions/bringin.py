@@ -390,7 +390,7 @@ class BringIn:
             for want in shared:
                 stream.wait_event(want.block.ready)
             if copied or shared or any(want.lender for want in row):
-                arrival = pager.device.event(timing=True)
+                arrival = pager.device.event(timing=True, blocking=True)
                 arrival.record(stream)
             if arrival is not None and any(want.source for want in row):
                 arrival.synchronize()  # the copy takes its source's place, so it must be whole

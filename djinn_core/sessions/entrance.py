@@ -26,7 +26,7 @@ def reserve_boundary(pager: Pager, holding: Holding, tokens: int, hidden_size: i
         OutOfHostMemory: there is none; nothing was executed.
     """
     shape = torch.Size((holding.layout.batch_size, tokens, hidden_size))
-    boundary = Boundary(shape, holding.layout.dtype, pager.device.event())
+    boundary = Boundary(shape, holding.layout.dtype, pager.device.event(blocking=True))
     boundary.host = pager.tiers.allocate(boundary.size_bytes, holding.id)
     return boundary
 

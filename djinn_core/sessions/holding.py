@@ -63,7 +63,7 @@ class Holding:
         self.checkpoints: list[Checkpoint] = []
         self.state = SessionState.RUNNING
         self.mapped: dict[int, Block] = {}
-        self.pass_done = device.event()
+        self.pass_done = device.event(blocking=True)
         self.arrival = [device.event() for _ in range(layout.layers)]
         self.jobs: list[BringIn] = []
         self.orphans: list[Block] = []

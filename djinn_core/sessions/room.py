@@ -225,7 +225,7 @@ class Room:
 
         A layer's last arrival says nothing of an earlier job's copies, which may be on another stream.
         """
-        for event in (holding.pass_done, *holding.arrival, *holding.arrivals_of_jobs()):
+        for event in dict.fromkeys((holding.pass_done, *holding.arrival, *holding.arrivals_of_jobs())):  # many twice
             try:
                 event.synchronize()
             except DeviceError as error:

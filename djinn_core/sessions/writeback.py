@@ -69,7 +69,7 @@ def write_back(
     try:
         _claim(room, holding, blocks, todo)
         if todo:
-            begun, done = room.device.event(timing=True), room.device.event(timing=True)
+            begun, done = (room.device.event(timing=True, blocking=True) for _ in range(2))
             _wait_for_bytes(room, todo)
             try:
                 try:
@@ -156,7 +156,7 @@ def _issue_group(room: Room, memory: torch.Tensor, groups: list[Group], copies: 
     if not groups:
         begun.record(room.d2h)
     room.device.copy_all(pairs, room.d2h, Direction.D2H)
-    event = room.device.event()
+    event = room.device.event(blocking=True)
     event.record(room.d2h)
     groups.append((copies, event))
 

@@ -88,6 +88,19 @@ def test_a_graph_survives_a_swap(gpu):
     pool.close()
 
 
+def test_a_wait_with_a_blocking_event_sleeps(gpu):
+    spent = {}
+    for blocking in (False, True):
+        event = gpu.event(timing=True, blocking=blocking)
+        gpu.synchronize()
+        torch.cuda._sleep(400_000_000)  # cycles: a fifth of a second and more
+        event.record(gpu.current_stream())
+        begin_s, cpu_s = time.perf_counter(), time.thread_time()
+        event.synchronize()
+        spent[blocking] = (time.thread_time() - cpu_s) / (time.perf_counter() - begin_s)
+    assert spent[True] < 0.2 < spent[False]
+
+
 def test_copies_from_the_host_tier_do_not_block_the_caller(gpu):
     size_bytes = 512 * MIB
     pool, region, host = ExtentPool(gpu, size_bytes), Region(gpu, size_bytes), HostTier(gpu, 2 * size_bytes)
