@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from cuda.bindings import driver
 
-from djinn_core.device.base import Device, Direction, Event, Stream, maps_within
+from djinn_core.device.base import Device, Direction, Event, HostBytes, Stream, maps_within
 from djinn_core.errors import DeviceError, OutOfDeviceMemory, PinningRefused, TransferError
 
 _OUT_OF_MEMORY = driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
@@ -225,6 +225,22 @@ class CudaDevice(Device):
         code = driver.cuMemcpyAsync(dst.data_ptr(), src.data_ptr(), size_bytes, stream.cuda_stream)[0]
         if code:
             raise TransferError(f"{describe('cuMemcpyAsync', code)} for {size_bytes:,} bytes; nothing was copied")
+
+    def copier(self, target: torch.Tensor, stream: Stream, direction: Direction) -> Callable[[HostBytes], None]:
+        check_copy(target, target)
+        room_bytes, to, on = target.numel(), driver.CUdeviceptr(target.data_ptr()), driver.CUstream(stream.cuda_stream)
+
+        def issue(source: HostBytes) -> None:
+            size_bytes = source.size_bytes
+            if size_bytes > room_bytes:
+                raise ValueError(f"copy of {size_bytes} bytes into {room_bytes}")
+            self._enter()
+            code = driver.cuMemcpyAsync(to, source.address, size_bytes, on)[0]
+            if code:
+                raise TransferError(f"{describe('cuMemcpyAsync', code)} for {size_bytes:,} bytes; nothing was copied")
+            self._count(direction, size_bytes)
+
+        return issue
 
     def _issue_copies(
         self,

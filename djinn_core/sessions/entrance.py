@@ -58,7 +58,7 @@ def load_boundary(
         if host is None:
             pager.tiers.fetch(boundary, holding.id)
             host = boundary.host
-        pager.staging.load(slot, host.tensor)
+        pager.staging.load(slot, host)
     except BaseException as error:
         with boundary.lock:
             boundary.readers -= 1

@@ -22,6 +22,7 @@ from djinn_core.device.base import Device, Direction, Event, Stream
 from djinn_core.errors import DeviceError
 from djinn_core.interrupts import wait_for
 from djinn_core.memory.extents import Extent, ExtentPool
+from djinn_core.memory.hosttier import HostBlock
 from djinn_core.memory.ledger import Kind
 from djinn_core.memory.regions import Region
 
@@ -35,6 +36,7 @@ class Slot:
     Attributes:
         bytes: uint8 over all of it.
         stream: the one that its copies are on.
+        fill: issues a copy of host memory into it.
         ready: timing event behind the copy into it.
         filled: on an outbound slot, behind what wrote it.
         free: after this event it may be overwritten.
@@ -58,18 +60,11 @@ class Slot:
                 self._region.close()
             raise
         self.bytes = self._region.tensor
-        self._views: dict[int, torch.Tensor] = {}
+        self.fill = device.copier(self.bytes, stream, Direction.H2D)
 
     def renew(self, device: Device) -> None:
         """A fresh timing event: a trace keeps that of its own resume."""
         self.ready = device.event(timing=True)
-
-    def first(self, size_bytes: int) -> torch.Tensor:
-        """Its first bytes; the view is made once, since a resume waits for it."""
-        view = self._views.get(size_bytes)
-        if view is None:
-            view = self._views[size_bytes] = self.bytes[:size_bytes]
-        return view
 
     def close(self) -> None:
         for event in (self.free, self.ready):
@@ -151,9 +146,9 @@ class Staging:
                 filled.synchronize()  # no pass may have waited for the copy into it
             slot.close()
 
-    def load(self, slot: Slot, source: torch.Tensor) -> None:
+    def load(self, slot: Slot, source: HostBlock) -> None:
         """Issue the copy of a boundary into `slot`; done at `slot.ready`."""
-        self._device.copy(slot.first(source.numel()), source, slot.stream, Direction.H2D)
+        slot.fill(source)
         slot.ready.record(slot.stream)
 
     def read(self, slot: Slot, compute: Stream) -> None:

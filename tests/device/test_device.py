@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from djinn_core.device import Direction, open_device
+from djinn_core.device import CopyCounts, Direction, open_device
 from djinn_core.errors import ConfigError, DeviceError, OutOfDeviceMemory
 from djinn_core.memory import HostTier
 
@@ -243,6 +243,28 @@ def test_the_callers_stream_is_gated_by_an_event(device, place, host):
         device.current_stream().wait_event(event)
         assert (tensor[: unit // 2] == value).all()
     device.synchronize()
+    device.unmap(address, unit)
+    device.destroy(handle)
+
+
+def test_a_prepared_copy_is_counted_and_stays_within_its_target(device, place):
+    address, unit, tensor = place
+    handle, tier = device.create(unit), HostTier(device, 64 << 20)
+    put(device, address, handle, unit)
+    stream, fits, larger = device.stream(), tier.allocate(unit // 2, "test"), tier.allocate(unit + 1, "test")
+    tensor[:unit].zero_()
+    device.synchronize()
+    fill, before = device.copier(tensor[:unit], stream, Direction.H2D), device.copied
+    fits.tensor.fill_(7)
+    fill(fits)
+    with pytest.raises(ValueError, match=f"copy of {unit + 1} bytes into {unit}"):
+        fill(larger)
+    stream.synchronize()
+    assert (tensor[: unit // 2] == 7).all() and (tensor[unit // 2 : unit] == 0).all()
+    assert device.copied - before == CopyCounts(h2d_bytes=unit // 2)
+    for block in (fits, larger):
+        block.free()
+    tier.close()
     device.unmap(address, unit)
     device.destroy(handle)
 
