@@ -10,6 +10,7 @@ someone wants them, nobody goes back and forth.
 from __future__ import annotations
 
 import time
+from heapq import nlargest
 from typing import TYPE_CHECKING
 
 from djinn_core.sessions.holding import Holding
@@ -27,7 +28,7 @@ def look_ahead(pager: Pager) -> None:
     """One look: begin prefetches that are due, and make room when there is too little."""
     due, wanted_bytes = _due(pager)
     for holding in due:
-        wanted_bytes += _missing_bytes(holding)
+        wanted_bytes += holding.missing_bytes
         if not pager.could_free(wanted_bytes, holding.expected_resume_s):
             break  # everyone on the device is expected sooner; a later look tries again
         pager.prefetch(holding)
@@ -44,7 +45,7 @@ def _due(pager: Pager) -> tuple[list[Holding], int]:
     lead_s, due = PREFETCH_LEAD_S, []
     with pager.lock:
         away = [h for h in pager.holdings.values() if h.state is SessionState.SWAPPED]
-        coming_bytes = sum(_missing_bytes(h) for h in away if h.being_brought)
+        coming_bytes = sum(h.missing_bytes for h in away if h.being_brought)
         told = [h for h in away if h.expected_resume_s is not None and not (h.prefetch_failed or h.being_brought)]
         for holding in sorted(told, key=lambda h: h.expected_resume_s):
             lead_s += _copy_s(holding)
@@ -67,14 +68,10 @@ def keep_room(pager: Pager) -> None:
         if not away:
             return
         running = sum(h.state in (SessionState.RUNNING, SessionState.RESUMING) for h in pager.holdings.values())
-        wanted_bytes = sum(sorted((_missing_bytes(h) for h in away), reverse=True)[: max(1, running)])
+        largest = nlargest(max(1, running), away, key=Holding.seems_to_miss)
+        wanted_bytes = sum(h.seems_to_miss() for h in largest)
         if pager.pool.free_bytes >= wanted_bytes:
             return
         soonest_s = min((h.expected_resume_s for h in away if h.expected_resume_s is not None), default=0.0)
-        lead_s = PREFETCH_LEAD_S + max(_copy_s(h) for h in away)
+        lead_s = PREFETCH_LEAD_S + max(_copy_s(h) for h in largest)
     pager.make_room_clean(wanted_bytes, max(soonest_s, time.monotonic() + 2 * lead_s))
-
-
-def _missing_bytes(holding: Holding) -> int:
-    """What its coming back would take."""
-    return sum(block.size_bytes for block in holding.table if block.device is None)

@@ -51,6 +51,8 @@ class Holding:
         user, user_thread: held by the one caller who uses the session, and the thread that he is.
         stale: extents by offset that a bring-in mapped, did not use and could not unmap; they are of nobody else.
         found_clean: it was, and neither has its state changed since nor has the host given up a copy of it.
+        found_own_bytes, found_missing_bytes: as `own_device_bytes` and `missing_bytes` were when its state was the same
+            and nothing of it had left the device; None when nobody has asked since.
         displacing: blocks of its own have to go before they are copied; nobody borrows from it meanwhile.
         trouble: why the last write-back did not succeed; it is tried again at the next pause or eviction.
     """
@@ -78,6 +80,8 @@ class Holding:
         self.leaving = 0
         self.pins = 0
         self.found_clean = False
+        self.found_own_bytes: int | None = None
+        self.found_missing_bytes: int | None = None
         self.stale: dict[int, Extent] = {}
         self.last_use_s = time.monotonic()
         self.expected_resume_s: float | None = None
@@ -90,6 +94,11 @@ class Holding:
         """Change the state, or refuse."""
         self.state = transition(self.id, self.state, to, doing)
         self.found_clean = False
+        self.forget_bytes()
+
+    def forget_bytes(self) -> None:
+        """What it has on the device is about to be something else."""
+        self.found_own_bytes = self.found_missing_bytes = None
 
     def own(self, checkpoint: Checkpoint) -> Checkpoint:
         """This session's checkpoint of that id: a fork has its own of those that it shares."""
@@ -192,14 +201,31 @@ class Holding:
         """May be asked without the lock, for an answer that may be old by then."""
         return not any(self.dirty(block) for block in list(self.mapped.values()))
 
-    def seems_clean(self) -> bool:
-        """`is_clean`, remembered: who makes room asks everyone, and a walk over all blocks takes its time.
+    @property
+    def missing_bytes(self) -> int:
+        """What its coming back would take."""
+        return sum(block.size_bytes for block in self.table if block.device is None)
 
-        It may be wrong where sessions share blocks; whoever evicts looks again.
-        """
+    # remembered, since who makes room asks everyone, and a walk over all blocks takes its time; they may be wrong where
+    # sessions share blocks, and whoever evicts or acquires looks again
+
+    def seems_clean(self) -> bool:
+        """`is_clean`, remembered."""
         if not self.found_clean:
             self.found_clean = self.is_clean()
         return self.found_clean
+
+    def seems_to_free(self) -> int:
+        """`own_device_bytes`, remembered. For a paused session."""
+        if self.found_own_bytes is None:
+            self.found_own_bytes = self.own_device_bytes
+        return self.found_own_bytes
+
+    def seems_to_miss(self) -> int:
+        """`missing_bytes`, remembered. For a session off the device."""
+        if self.found_missing_bytes is None:
+            self.found_missing_bytes = self.missing_bytes
+        return self.found_missing_bytes
 
 
 class Use(Uninterrupted):

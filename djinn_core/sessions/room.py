@@ -207,6 +207,7 @@ class Room:
                     block.device = None
                     block.ready = None
             holding.table.writable_until = 0
+            holding.forget_bytes()
         for extent in free:
             self.pool.give_back(extent)
         return sum(extent.size_bytes for extent in free)
@@ -384,4 +385,4 @@ class Room:
                 and not h.being_brought
                 and (limit_s is None or h.expected_resume_s is None or h.expected_resume_s > limit_s)
             ]
-        return [Candidate(h.id, h.own_device_bytes, h.seems_clean(), h.last_use_s, h.expected_resume_s) for h in able]
+        return [Candidate(h.id, h.seems_to_free(), h.seems_clean(), h.last_use_s, h.expected_resume_s) for h in able]
