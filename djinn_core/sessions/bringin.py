@@ -443,14 +443,15 @@ class BringIn:
 
     def _commit(self, want: Want, ready: object) -> Block | None:
         """The block is mapped here now; the one whose place it took. The pager's lock is held."""
-        block, holding = want.block, self.holding
-        replaced = None
+        block, holding, replaced = want.block, self.holding, None
         if holding.table not in block.holders:
             replaced = holding.table.hold(block.layer, block.index, block)
         if want.extent is not None:
             block.device = want.extent
         if want.lender is None or want.source is not None:
             block.ready = ready
+        for place in block.places:
+            place.forget_bytes()  # it is not the only one any more
         block.places.add(holding)
         holding.mapped[block.offset] = block
         want.extent = None

@@ -51,8 +51,8 @@ class Holding:
         user, user_thread: held by the one caller who uses the session, and the thread that he is.
         stale: extents by offset that a bring-in mapped, did not use and could not unmap; they are of nobody else.
         found_clean: it was, and neither has its state changed since nor has the host given up a copy of it.
-        found_own_bytes, found_missing_bytes: as `own_device_bytes` and `missing_bytes` were when its state was the same
-            and nothing of it had left the device; None when nobody has asked since.
+        found_own_bytes, found_missing_bytes: `own_device_bytes` and `missing_bytes`, when someone has asked since its
+            state, its lineage or its places changed last.
         displacing: blocks of its own have to go before they are copied; nobody borrows from it meanwhile.
         trouble: why the last write-back did not succeed; it is tried again at the next pause or eviction.
     """
@@ -97,7 +97,7 @@ class Holding:
         self.forget_bytes()
 
     def forget_bytes(self) -> None:
-        """What it has on the device is about to be something else."""
+        """Its lineage, or what is mapped of it, has changed."""
         self.found_own_bytes = self.found_missing_bytes = None
 
     def own(self, checkpoint: Checkpoint) -> Checkpoint:
@@ -206,8 +206,8 @@ class Holding:
         """What its coming back would take."""
         return sum(block.size_bytes for block in self.table if block.device is None)
 
-    # remembered, since who makes room asks everyone, and a walk over all blocks takes its time; they may be wrong where
-    # sessions share blocks, and whoever evicts or acquires looks again
+    # remembered, since who makes room asks everyone, and a walk over all blocks takes its time; cleanness may be wrong
+    # where sessions share blocks, and whoever evicts looks again
 
     def seems_clean(self) -> bool:
         """`is_clean`, remembered."""
@@ -222,9 +222,12 @@ class Holding:
         return self.found_own_bytes
 
     def seems_to_miss(self) -> int:
-        """`missing_bytes`, remembered. For a session off the device."""
+        """`missing_bytes`, remembered where nothing is on the device of another, who may leave; so never less."""
         if self.found_missing_bytes is None:
-            self.found_missing_bytes = self.missing_bytes
+            missing_bytes = self.missing_bytes
+            if any(block.device is not None for block in self.table):
+                return missing_bytes
+            self.found_missing_bytes = missing_bytes
         return self.found_missing_bytes
 
 

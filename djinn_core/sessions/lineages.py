@@ -93,6 +93,7 @@ class Lineages(Room):
             self.displace(holding, leaving)
         with self.lock:
             holding.orphans += holding.table.assign(checkpoint.table.lengths, checkpoint.table.blocks)
+            holding.forget_bytes()
             self.lock.notify_all()
 
     def displace(self, holding: Holding, blocks: list[Block]) -> None:

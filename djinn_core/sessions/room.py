@@ -202,6 +202,8 @@ class Room:
             for block in blocks:
                 del holding.mapped[block.offset]
                 block.places.discard(holding)
+                for place in block.places:
+                    place.forget_bytes()  # it may be the only one now
                 if not block.places:
                     free.append(block.device)
                     block.device = None

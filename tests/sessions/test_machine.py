@@ -164,6 +164,19 @@ class Lives(RuleBasedStateMachine):
             if life.session.state is SessionState.SWAPPED:
                 assert life.session.device_bytes == 0 or life.session._holding.jobs
 
+    @invariant()
+    def remembers_right(self) -> None:
+        """What was remembered of a session's bytes is what they are; of what it misses, no less."""
+        for life in self.lives:
+            holding = life.session._holding
+            with self.rig.sessions.pager.lock:
+                if holding.being_brought or holding.moving:
+                    continue
+                if holding.state is SessionState.PAUSED:
+                    assert holding.seems_to_free() == holding.own_device_bytes
+                elif holding.state is SessionState.SWAPPED:
+                    assert holding.seems_to_miss() >= holding.missing_bytes
+
 
 SETTINGS = settings(
     max_examples=12, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
