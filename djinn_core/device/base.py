@@ -198,8 +198,8 @@ class Device(ABC):
         Args:
             timing: `elapsed_time` may be asked of it.
             blocking: who synchronises with it sleeps, for a thread that waits beside another one's work. Otherwise the
-                wait is a spin, some ten microseconds quicker, that takes the driver's lock again and again: whoever
-                launches kernels meanwhile is slowed down (found in vLLM, pull request 47081).
+                wait is a spin, which ends sooner and takes the driver's lock again and again, beside whoever launches
+                kernels meanwhile (vLLM, pull request 47081).
         """
 
     @abstractmethod
