@@ -72,7 +72,7 @@ class Lines:
             if self.count == self._at:
                 path, line = frame.f_code.co_filename, frame.f_lineno
                 self.where = f"{path}:{line}"
-                leaves = linecache.getline(path, line).lstrip().startswith(("return", "with "))
+                leaves = linecache.getline(path, line).lstrip().startswith(("return", "with ", "undo.pop_all()"))
                 self.on_the_way_out = leaves or frame.f_code.co_name in ("__exit__", "_restore")
                 signal.raise_signal(signal.SIGINT)
         return self._line
