@@ -73,5 +73,5 @@ def keep_room(pager: Pager) -> None:
         if pager.pool.free_bytes >= wanted_bytes:
             return
         soonest_s = min((h.expected_resume_s for h in away if h.expected_resume_s is not None), default=0.0)
-        lead_s = PREFETCH_LEAD_S + max(_copy_s(h) for h in largest)
+        lead_s = PREFETCH_LEAD_S + max(_copy_s(h) for h in away)
     pager.make_room_clean(wanted_bytes, max(soonest_s, time.monotonic() + 2 * lead_s))

@@ -450,8 +450,6 @@ class BringIn:
             block.device = want.extent
         if want.lender is None or want.source is not None:
             block.ready = ready
-        for place in block.places:
-            place.forget_bytes()  # it is not the only one any more
         block.places.add(holding)
         holding.mapped[block.offset] = block
         want.extent = None

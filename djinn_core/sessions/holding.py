@@ -52,7 +52,8 @@ class Holding:
         stale: extents by offset that a bring-in mapped, did not use and could not unmap; they are of nobody else.
         found_clean: it was, and neither has its state changed since nor has the host given up a copy of it.
         found_own_bytes, found_missing_bytes: `own_device_bytes` and `missing_bytes`, when someone has asked since its
-            state, its lineage or its places changed last.
+            state, its lineage or its maps changed last.
+        shares: it is, or has, a fork: others may hold its blocks.
         displacing: blocks of its own have to go before they are copied; nobody borrows from it meanwhile.
         trouble: why the last write-back did not succeed; it is tried again at the next pause or eviction.
     """
@@ -80,6 +81,7 @@ class Holding:
         self.leaving = 0
         self.pins = 0
         self.found_clean = False
+        self.shares = False
         self.found_own_bytes: int | None = None
         self.found_missing_bytes: int | None = None
         self.stale: dict[int, Extent] = {}
@@ -216,18 +218,19 @@ class Holding:
         return self.found_clean
 
     def seems_to_free(self) -> int:
-        """`own_device_bytes`, remembered. For a paused session."""
+        """`own_device_bytes`, remembered. For a paused session; the pager's lock is held."""
+        if self.shares:
+            return self.own_device_bytes
         if self.found_own_bytes is None:
             self.found_own_bytes = self.own_device_bytes
         return self.found_own_bytes
 
     def seems_to_miss(self) -> int:
-        """`missing_bytes`, remembered where nothing is on the device of another, who may leave; so never less."""
+        """`missing_bytes`, remembered. For a session off the device; the pager's lock is held."""
+        if self.shares:
+            return self.missing_bytes
         if self.found_missing_bytes is None:
-            missing_bytes = self.missing_bytes
-            if any(block.device is not None for block in self.table):
-                return missing_bytes
-            self.found_missing_bytes = missing_bytes
+            self.found_missing_bytes = self.missing_bytes
         return self.found_missing_bytes
 
 

@@ -124,6 +124,7 @@ class Lineages(Room):
             admit(holding.layout, self.holdings.values(), self.pool, self.tiers)
             twin = Holding(self.device, holding.layout)
             twin.table = holding.table.copy()
+            holding.shares = twin.shares = True
             twin.go(SessionState.PAUSED, "be forked")
             twin.go(SessionState.SWAPPED, "be forked")
             self.holdings[twin.id] = twin

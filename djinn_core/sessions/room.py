@@ -202,8 +202,6 @@ class Room:
             for block in blocks:
                 del holding.mapped[block.offset]
                 block.places.discard(holding)
-                for place in block.places:
-                    place.forget_bytes()  # it may be the only one now
                 if not block.places:
                     free.append(block.device)
                     block.device = None
@@ -387,4 +385,8 @@ class Room:
                 and not h.being_brought
                 and (limit_s is None or h.expected_resume_s is None or h.expected_resume_s > limit_s)
             ]
-        return [Candidate(h.id, h.seems_to_free(), h.seems_clean(), h.last_use_s, h.expected_resume_s) for h in able]
+            sizes = [h.seems_to_free() for h in able]
+        return [
+            Candidate(h.id, size_bytes, h.seems_clean(), h.last_use_s, h.expected_resume_s)
+            for h, size_bytes in zip(able, sizes, strict=True)
+        ]

@@ -350,7 +350,7 @@ class Session:
     def _resume_between(self, place: Checkpoint | None, begun_s: float, edits: object, stop_after: int | None) -> None:
         check_between(self.id, edits, stop_after)
         pager, holding, trace = self._pager, self._holding, Trace(begun_s)
-        trace.there(pager.device, pager.staging.urgent[0])
+        trace.there(pager.device, pager.staging.idle_stream)
         if place is not None:
             pager.adopt(holding, place)
             self._stand_at(place)

@@ -331,7 +331,8 @@ def _load(folder: Path, meaning: dict[str, Any], model: PreTrainedModel, session
         with TensorFile(folder / TENSORS, meaning["tensors_blake2b"]) as file:
             loader = _Loader(sessions, holding, file, {}, [])
             loader.fill(holding.table, meaning["table"])
-            holding.forget_bytes()
+            with sessions.pager.lock:
+                holding.forget_bytes()
             session = sessions.adopt(model, holding, loader.story(meaning["story"]))
             for entry in meaning["checkpoints"]:
                 sessions.pager.add_checkpoint(holding, loader.checkpoint(entry))

@@ -67,9 +67,9 @@ class Slot:
         self.ready = device.event(timing=True)
 
     def close(self) -> None:
-        for event in (self.free, self.ready):
+        for work in (self.free, self.stream):
             with contextlib.suppress(DeviceError):  # whoever wanted the copy has been told
-                event.synchronize()
+                work.synchronize()
         self._pool.give_back(self._region.unmap([0])[0])
         self._region.close()
 
@@ -86,7 +86,7 @@ class Staging:
         self._slots: list[Slot] = []
         self._outbound: Slot | None = None
         self._storing = threading.Lock()  # held while the outbound slot is written to, or replaced
-        self.urgent = [device.stream(-1) for _ in range(INBOUND_SLOTS)]
+        self.idle_stream = device.stream(-1)  # never has work: what is recorded there is done
         self.out_stream = device.stream(-1)
 
     def growth_bytes(self, size_bytes: int) -> int:
@@ -106,17 +106,20 @@ class Staging:
                 return
             new: list[Slot] = []
             try:
-                for stream in (*self.urgent, self.out_stream):
+                for number in range(INBOUND_SLOTS + 1):
+                    stream = self._device.stream(-1) if number < INBOUND_SLOTS else self.out_stream
                     new.append(Slot(self._device, self._pool, self._acquire, size_bytes, stream))
             except BaseException:
                 for slot in new:
                     slot.close()
                 raise
             with self._storing:
-                old = [*self._idle, *([self._outbound] if self._outbound else [])]
-                self._outbound = new.pop()
-            self._idle = deque(new)
-            self._slots = new
+                outbound, self._outbound = self._outbound, new.pop()
+            idle, self._idle, self._slots = self._idle, deque(new), new
+            old = [outbound] if outbound else []
+            with contextlib.suppress(IndexError):  # one that is taken meanwhile goes when it is given back
+                while True:
+                    old.append(idle.popleft())
             self._changed.notify_all()
         for slot in old:
             slot.close()
@@ -132,7 +135,6 @@ class Staging:
 
     def give_back(self, slot: Slot) -> None:
         """The slot may be taken again; the stream order keeps its readers and the next writer apart."""
-        filled = slot.ready
         try:
             slot.renew(self._device)
         finally:
@@ -142,8 +144,6 @@ class Staging:
                     self._idle.append(slot)
                     self._changed.notify()
         if not wanted:
-            with contextlib.suppress(DeviceError):
-                filled.synchronize()  # no pass may have waited for the copy into it
             slot.close()
 
     def load(self, slot: Slot, source: HostBlock) -> None:

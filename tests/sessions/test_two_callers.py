@@ -132,8 +132,7 @@ try:
     session.resume(stop_after=1)              # a mistake: it has been executed to 2
 except BreakpointError:
     pass
-for stream in staging.urgent:
-    stream.synchronize()
+rig.device.synchronize()
 rig.device.link_gbps = None
 rig.close()
 print("whole")
@@ -143,6 +142,46 @@ print("whole")
 def test_a_slot_goes_only_after_the_copy_into_it(tmp_path: Path) -> None:
     done = alone(LOAD, tmp_path)
     assert done.returncode == 0, (done.returncode, done.stderr[-600:])
+
+
+def test_a_slot_that_is_taken_while_larger_ones_are_made_stays_whole(rig: Rig) -> None:
+    rig.open()
+    staging = rig.sessions.pager.staging
+    storing, taken = staging._storing, []
+
+    class Between:
+        """Another thread's resume takes a slot at this moment."""
+
+        def __enter__(self) -> None:
+            storing.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            storing.release()
+            other = threading.Thread(target=lambda: taken.append(staging.take()))
+            other.start()
+            other.join(5)
+
+    staging._storing = Between()
+    staging.grow(1 << 20)
+    staging._storing = storing
+    assert taken[0]._region.mapped()
+    staging.give_back(taken[0])
+    assert not taken[0]._region.mapped() or taken[0] in staging._idle
+
+
+def test_a_copy_into_a_slot_waits_for_its_last_reader(rig: Rig) -> None:
+    rig.open()
+    staging, reading, host = rig.sessions.pager.staging, rig.device.stream(), rig.host.allocate(64, "boundary")
+    gate, slot = threading.Event(), staging.take()
+    rig.device.launch(reading, lambda: gate.wait(20))
+    staging.read(slot, reading)
+    staging.load(slot, host)
+    time.sleep(0.05)
+    assert not slot.ready.query()
+    gate.set()
+    slot.ready.synchronize()
+    staging.give_back(slot)
+    host.free()
 
 
 def test_close_while_its_release_is_wanted(rig: Rig, monkeypatch) -> None:
