@@ -345,6 +345,8 @@ def test_where_others_have_the_slots(rig: Rig) -> None:
     session.forward(prompt(), stop_after=2)
     session.pause(release=True)
     session.wait_until("released", 10)
+    with rig.sessions.pager.lock:
+        assert rig.sessions.pager.lock.wait_for(lambda: session.stopped.boundary.settled, 10)
     staging = rig.sessions.pager.staging
     slots = [staging.take(), staging.take()]
     with soon():

@@ -157,7 +157,7 @@ def measure_layer(
 def balanced(contenders: list[Contender], repeat: int) -> list[Contender]:
     """The order of this repeat, by a Williams design: a method inherits warm caches, or cold ones, from whoever ran
     before it, so everyone runs equally often right behind each other one: once in as many repeats as there are
-    contenders, or, of an odd number, twice in twice as many."""
+    contenders, or, of an odd number, twice in twice as many. Who is first runs behind the repeat before."""
     count = len(contenders)
     inwards = [place for step in range(count // 2 + 1) for place in (step, count - step)]
     order = [contenders[(place + repeat) % count] for place in dict.fromkeys(place % count for place in inwards)]
