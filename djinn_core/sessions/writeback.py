@@ -23,7 +23,7 @@ from djinn_core.sessions.holding import Holding
 if TYPE_CHECKING:
     from djinn_core.sessions.room import Room
 
-GROUP_BYTES = 32 << 20  # what one event stands for, at least: about a layer of a long session, or all of a short one
+GROUP_BYTES = 96 << 20  # one call and one event, at least: three layers of a long session, or all of a short one
 
 
 class Copy(NamedTuple):
