@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from djinn_core.sessions.bringin import BringIn
     from djinn_core.sessions.pager import Pager
 
-IN_FLIGHT_BYTES = 384 << 20  # beside a step: 7 ms of a fast link, in which a thread gets a busy interpreter
+IN_FLIGHT_BYTES = 256 << 20  # beside a step: 5 ms of a fast link, in which a thread gets a busy interpreter
 TICK_S = 0.05
 
 
