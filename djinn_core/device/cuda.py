@@ -219,10 +219,12 @@ class CudaDevice(Device):
     def _issue_copy(self, dst: torch.Tensor, src: torch.Tensor, stream: Stream) -> None:
         check_copy(dst, src)
         size_bytes = dst.numel()
-        if not size_bytes:
-            return
+        if size_bytes:
+            self._copy(dst.data_ptr(), src.data_ptr(), size_bytes, stream.cuda_stream)
+
+    def _copy(self, to: Any, there: int, size_bytes: int, stream: Any) -> None:
         self._enter()
-        code = driver.cuMemcpyAsync(dst.data_ptr(), src.data_ptr(), size_bytes, stream.cuda_stream)[0]
+        code = driver.cuMemcpyAsync(to, there, size_bytes, stream)[0]
         if code:
             raise TransferError(f"{describe('cuMemcpyAsync', code)} for {size_bytes:,} bytes; nothing was copied")
 
@@ -234,10 +236,7 @@ class CudaDevice(Device):
             size_bytes = source.size_bytes
             if size_bytes > room_bytes:
                 raise ValueError(f"copy of {size_bytes} bytes into {room_bytes}")
-            self._enter()
-            code = driver.cuMemcpyAsync(to, source.address, size_bytes, on)[0]
-            if code:
-                raise TransferError(f"{describe('cuMemcpyAsync', code)} for {size_bytes:,} bytes; nothing was copied")
+            self._copy(to, source.address, size_bytes, on)
             self._count(direction, size_bytes)
 
         return issue

@@ -6,6 +6,7 @@ import threading
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from djinn_core.device.base import Device
 from djinn_core.errors import SessionStateError, UsageError
@@ -84,6 +85,8 @@ class Sessions:
         policy: Policy | None = None,
     ) -> None:
         self.pager = Pager(device, pool, host, disk, policy)
+        # of each model, its table of positions: to look for it takes longer than all else that an open does
+        self._positions: WeakKeyDictionary[PreTrainedModel, int | None] = WeakKeyDictionary()
 
     def open(self, model: PreTrainedModel, *, max_length: int, batch_size: int = 1) -> Session:
         """A session that may become `max_length` tokens long, RUNNING and empty.
@@ -106,7 +109,9 @@ class Sessions:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"{name} is {value!r}; give a whole number from 1")
         attention_windows(model.config)
-        positions = positions_in_table(model)
+        if model not in self._positions:
+            self._positions[model] = positions_in_table(model)
+        positions = self._positions[model]
         if positions is not None and max_length > positions:
             raise UsageError(f"max_length is {max_length}; this model has a table of {positions} positions")
         layout = self.layout(model, max_length, batch_size)

@@ -101,3 +101,29 @@ def test_a_session_that_lends_to_another_leaves_when_that_has_what_it_needs(make
         holding.pins -= 1
         pager.lock.notify_all()
     session.wait_until("released", 10)
+
+
+def test_what_is_remembered_of_a_session_follows_what_leaves_the_device(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    session, pager = rig.open(), rig.sessions.pager
+    session.forward(prompt())
+    session.pause()
+    session.wait_until("clean", 10)
+    holding = session._holding
+    assert holding.seems_to_free() == LAYERS * LAYER_BYTES
+    pager.displace(holding, [next(iter(holding.mapped.values()))])
+    assert holding.seems_to_free() == (LAYERS - 1) * LAYER_BYTES
+
+
+def test_what_is_remembered_of_a_session_follows_its_lineage(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    session, pager = rig.open(max_length=250), rig.sessions.pager
+    short = session.forward(prompt(), stop_after=LAYERS // 2)
+    session.resume()
+    session.forward(prompt(tokens=200))
+    session.pause(release=True)
+    session.wait_until("released", 10)
+    holding = session._holding
+    assert holding.seems_to_miss() == 2 * LAYERS * LAYER_BYTES
+    pager.adopt(holding, short)
+    assert holding.seems_to_miss() == holding.missing_bytes < LAYERS * LAYER_BYTES + 1

@@ -463,3 +463,11 @@ def test_how_many_positions_a_model_has(config: PretrainedConfig, positions: int
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert positions_in_table(model) == positions
+
+
+def test_a_model_is_asked_once_how_many_positions_it_has(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("djinn_core.sessions.rooms.positions_in_table", lambda model: asked.append(model))
+    for _ in range(2):
+        rig.open()
+    assert len(asked) == 1

@@ -192,7 +192,20 @@ def measure_resume(
         # an event before `start` on an idle device may read as a hair below zero
         exp.result.sample(metric, max(0.0, value), "ms", warmup=warmup, **dims)
     record_transfer(exp, contender, restored_ms, warmup, dims)
+    if exp.is_gpu:
+        rest(restored_ms / 1e3)
     return resumed.logits, resumed.executed
+
+
+def rest(seconds: float) -> None:
+    """Leave the device idle, and the processor awake.
+
+    Passes of a long prompt, one behind the other, drive a GPU to its power limit. How fast the next one then is, is up
+    to those before it; after as long a rest as they have worked, it is not.
+    """
+    end_s = time.perf_counter() + seconds
+    while time.perf_counter() < end_s:
+        pass
 
 
 def record_transfer(
