@@ -11,9 +11,10 @@ back would do it before its first layer; so each layer's are created when it is 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from djinn_core.device.base import Device
@@ -103,7 +104,7 @@ class ExtentPool:
         Raises:
             OutOfDeviceMemory: the budget, or the device, is full; nothing changed. Give extents back and retry.
         """
-        return self._acquire(size_bytes, kind, owner, promise=False)
+        return self._acquire(size_bytes, kind, owner, lambda: False)
 
     def acquire_all(self, sizes: Sequence[int], kind: Kind, owner: str, *, promise: bool) -> list[Extent]:
         """Extents of all `sizes`, or none.
@@ -113,20 +114,26 @@ class ExtentPool:
         Raises:
             OutOfDeviceMemory: as for `acquire`.
         """
-        if promise:
-            free_bytes = self._device.capacity_bytes - self._device.used_bytes() - self._promised_bytes
-            promise = sum(map(self.rounded, sizes)) <= free_bytes
         got: list[Extent] = []
+
+        @functools.cache
+        def may_promise() -> bool:
+            """Asked when the first one that is not pooled is due: a session that comes back rarely needs a new one."""
+            if not promise:
+                return False
+            free_bytes = self._device.capacity_bytes - self._device.used_bytes() - self._promised_bytes
+            return sum(map(self.rounded, sizes[len(got) :])) <= free_bytes
+
         try:
             for size_bytes in sizes:
-                got.append(self._acquire(size_bytes, kind, owner, promise=promise))
+                got.append(self._acquire(size_bytes, kind, owner, may_promise))
         except BaseException:
             for extent in got:
                 self.give_back(extent)
             raise
         return got
 
-    def _acquire(self, size_bytes: int, kind: Kind, owner: str, *, promise: bool) -> Extent:
+    def _acquire(self, size_bytes: int, kind: Kind, owner: str, may_promise: Callable[[], bool]) -> Extent:
         size_bytes = self.rounded(size_bytes)
         with self._changed:
             if self._closed:
@@ -134,7 +141,7 @@ class ExtentPool:
             handle = self._take_pooled_of(size_bytes)
             while handle is None:
                 self._fit(size_bytes)
-                if promise:
+                if may_promise():
                     self._promised_bytes += size_bytes
                     break
                 handle = self._create(size_bytes)

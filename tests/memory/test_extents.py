@@ -185,6 +185,21 @@ def test_a_pooled_extent_is_taken_when_it_is_promised_and_when_it_is_asked_for(c
     pool.close()
 
 
+def test_the_device_is_not_asked_for_what_is_pooled(cpu_device, monkeypatch):
+    pool = ExtentPool(cpu_device, 4 * UNIT, reserve_bytes=4 * UNIT)
+    for extent in [pool.acquire(UNIT, Kind.KV, "a") for _ in range(2)]:
+        pool.give_back(extent)
+    asked, used_bytes = [], cpu_device.used_bytes
+    monkeypatch.setattr(cpu_device, "used_bytes", lambda: asked.append(True) or used_bytes())
+    extents = pool.acquire_all([UNIT] * 2, Kind.KV, "a", promise=True)
+    assert not asked and all(extent.handle is not None for extent in extents)
+    extents += pool.acquire_all([UNIT] * 2, Kind.KV, "a", promise=True)
+    assert len(asked) == 1, "once for all that are not"
+    for extent in extents:
+        pool.give_back(extent)
+    pool.close()
+
+
 def test_no_more_is_promised_than_the_device_has_room_for():
     """What others hold counts, and so do promises that are still to be kept; the rest is created at once."""
     device = open_device("cpu", capacity_bytes=8 * UNIT)
