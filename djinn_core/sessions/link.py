@@ -1,7 +1,7 @@
 """The link to the device: bring-ins under way share it step by step, the most urgent first.
 
 One worker issues. Before each step it asks again who is the most urgent, and it keeps so little in flight that a
-more urgent one begins within a few layers' time, and so much that the link never idles; the first layer of a resume has
+more urgent one begins within two steps' time, and so much that the link never idles; the first layer of a resume has
 a stream of its own beside it. While that much is on its way the worker maps the step that comes next. A second worker
 does what may take long, so that the first never does: reading from disk, evicting, waiting for other sessions'
 transfers, and looking ahead.

@@ -195,9 +195,23 @@ def test_the_device_is_not_asked_for_what_is_pooled(cpu_device, monkeypatch):
     assert not asked and all(extent.handle is not None for extent in extents)
     extents += pool.acquire_all([UNIT] * 2, Kind.KV, "a", promise=True)
     assert len(asked) == 1, "once for all that are not"
+    assert all(extent.handle is None for extent in extents[2:])
     for extent in extents:
         pool.give_back(extent)
     pool.close()
+
+
+def test_a_promise_needs_room_for_what_is_not_pooled_only():
+    device = open_device("cpu", capacity_bytes=3 * UNIT)
+    pool = ExtentPool(device, 3 * UNIT, reserve_bytes=3 * UNIT)
+    for extent in [pool.acquire(UNIT, Kind.KV, "a") for _ in range(2)]:
+        pool.give_back(extent)
+    extents = pool.acquire_all([UNIT] * 3, Kind.KV, "a", promise=True)
+    assert [extent.handle is None for extent in extents] == [False, False, True]
+    for extent in extents:
+        pool.give_back(extent)
+    pool.close()
+    device.close()
 
 
 def test_no_more_is_promised_than_the_device_has_room_for():

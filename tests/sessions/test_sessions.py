@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -19,10 +22,13 @@ from transformers import (
 )
 
 from djinn_core.errors import BreakpointError, DjinnError, OutOfDeviceMemory, SessionStateError, UsageError
+from djinn_core.models.boundary import NullProvider, install
+from djinn_core.models.stack import find_stack
 from djinn_core.sessions import Breakpoint, Scale, SessionState
 from djinn_core.sessions.kvcache import positions_in_table
+from djinn_core.turn import Turn
 from tests.sessions.oracle import Oracle, prompt
-from tests.sessions.rigs import LAYERS, MakeRig, Rig
+from tests.sessions.rigs import LAYERS, MakeRig, Rig, stock_model
 
 
 def step(session, logits: torch.Tensor) -> torch.Tensor:
@@ -471,3 +477,17 @@ def test_a_model_is_asked_once_how_many_positions_it_has(rig: Rig, monkeypatch: 
     for _ in range(2):
         rig.open()
     assert len(asked) == 1
+
+
+def test_each_model_has_its_own_number_of_positions_and_goes_when_its_user_lets_go(rig: Rig) -> None:
+    served = copy.deepcopy(stock_model("gpt2", torch.float32))
+    install(served, find_stack(served), NullProvider(), Turn())
+    rig.open(max_length=300)
+    rig.sessions.open(served, max_length=256).close()
+    with pytest.raises(UsageError, match="256 positions"):
+        rig.sessions.open(served, max_length=300)
+    rig.open(max_length=300)
+    gone = weakref.ref(served)
+    del served
+    gc.collect()
+    assert gone() is None

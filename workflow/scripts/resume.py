@@ -200,8 +200,8 @@ def measure_resume(
 def rest(seconds: float) -> None:
     """Leave the device idle, and the processor awake.
 
-    Passes of a long prompt, one behind the other, drive a GPU to its power limit. How fast the next one then is, is up
-    to those before it; after as long a rest as they have worked, it is not.
+    Passes of a long prompt, one behind the other, drive a GPU to its power limit; how fast the next one is, is then up
+    to those before it.
     """
     end_s = time.perf_counter() + seconds
     while time.perf_counter() < end_s:
