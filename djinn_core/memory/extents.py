@@ -109,7 +109,8 @@ class ExtentPool:
     def acquire_all(self, sizes: Sequence[int], kind: Kind, owner: str, *, promise: bool) -> list[Extent]:
         """Extents of all `sizes`, or none.
 
-        With `promise`, and if the device has room for all, new ones are not created before `back` asks for them.
+        With `promise`, and if the device has room for those that are not pooled, these are not created before `back`
+        asks for them.
 
         Raises:
             OutOfDeviceMemory: as for `acquire`.

@@ -56,9 +56,12 @@ def _due(pager: Pager) -> tuple[list[Holding], int]:
 
 def _copy_s(holding: Holding) -> float:
     """How long bringing it in takes, with room to spare. The pager's lock is held."""
-    away = [block for block in holding.table if block.device is None]
-    disk_bytes = sum(block.disk_valid_bytes for block in away if block.host_valid_bytes < block.disk_valid_bytes)
-    return sum(block.size_bytes for block in away) / HOST_BYTES_PER_S + disk_bytes / DISK_BYTES_PER_S
+    disk_bytes = sum(
+        block.disk_valid_bytes
+        for block in holding.table
+        if block.device is None and block.host_valid_bytes < block.disk_valid_bytes
+    )
+    return holding.seems_to_miss() / HOST_BYTES_PER_S + disk_bytes / DISK_BYTES_PER_S
 
 
 def keep_room(pager: Pager) -> None:
