@@ -301,9 +301,8 @@ class BringIn:
             self.holding.displacing = any(self._wants.replaces(want) for want in flat)
             for want in flat:
                 want.block.loading = True
-                wanted = want.source or want.block
-                if wanted.places - {self.holding}:
-                    want.lender = next(iter(wanted.places - {self.holding}))
+                want.lender = self._wants.lender(want.source or want.block)
+                if want.lender is not None:
                     want.lender.pins += 1
                 elif want.source is not None:
                     want.source.readers += 1

@@ -1,10 +1,11 @@
 """The link to the device: bring-ins under way share it step by step, the most urgent first.
 
-One worker issues. Before each step it asks again who is the most urgent, and it keeps so little in flight that a
-more urgent one begins within two steps' time, and so much that the link never idles; the first layer of a resume has
-a stream of its own beside it. While that much is on its way the worker maps the step that comes next. A second worker
-does what may take long, so that the first never does: reading from disk, evicting, waiting for other sessions'
-transfers, and looking ahead.
+A resume's first layer is issued by the thread that resumes, on a stream of its own beside the rest, if nobody has to be
+waited for: it wants that layer before anything else, and a worker would first have to wake and to get the interpreter.
+One worker issues what comes after. Before each step it asks again who is the most urgent, and it keeps so little in
+flight that a more urgent one begins within two steps' time, and so much that the link never idles. While that much is
+on its way the worker maps the step that comes next. A second worker does what may take long, so that the first never
+does: reading from disk, evicting, waiting for other sessions' transfers, and looking ahead.
 
 Not taken: a stream for each session. The copy engine would serve them in turn, and a resume's first layer would get a
 share of the link instead of all of it.
@@ -66,10 +67,26 @@ class Link:
         for thread in self._threads:
             thread.start()
 
+    def begin(self, job: BringIn) -> None:
+        """`put`, and the first layer is issued here and now, on the caller's thread, if nobody has to be waited for."""
+        try:
+            self._pager.device.bind_thread()
+            if prepared := job.prepare(wait=False):
+                self._step(job)
+        except BaseException as error:
+            job.fail(error)  # the pass that waits for it is told, as by a worker
+            if not isinstance(error, Exception):
+                raise
+            return
+        self._take_up(job, Stage.PREPARED if prepared else Stage.BLOCKED)
+
     def put(self, job: BringIn) -> None:
         """Begin; returns at once. The job ends with `Pager.ended`, in any case."""
+        self._take_up(job, Stage.BLOCKED if job.prefetch else Stage.WANTED)
+
+    def _take_up(self, job: BringIn, stage: Stage) -> None:
         with self._changed:
-            self._stages[job] = Stage.BLOCKED if job.prefetch else Stage.WANTED
+            self._stages[job] = stage
             self._changed.notify_all()
 
     def nudge(self) -> None:
@@ -136,23 +153,29 @@ class Link:
                 elif stage is Stage.WANTED:
                     self._go(job, Stage.PREPARED if job.prepare(wait=False) else Stage.BLOCKED)
                 elif job.begins or self._has_room():
-                    event, size_bytes = job.step()
-                    if event is not None:
-                        self._flying.append((job, event, size_bytes))
+                    self._step(job)
                 elif not job.map_ahead():
                     self._wait_for_oldest()
             except BaseException as error:  # noqa: BLE001 - the thread's edge: whoever waits for the job is told
                 self._end(job, error)  # and `ended` puts the session where it can try again
 
+    def _step(self, job: BringIn) -> None:
+        event, size_bytes = job.step()
+        if event is not None:
+            with self._changed:
+                self._flying.append((job, event, size_bytes))
+
     def _has_room(self) -> bool:
         """Whether another step may be issued."""
-        while self._flying and self._arrived(self._flying[0][1]):
-            self._flying.popleft()
-        return sum(size_bytes for _, _, size_bytes in self._flying) <= IN_FLIGHT_BYTES
+        with self._changed:
+            while self._flying and self._arrived(self._flying[0][1]):
+                self._flying.popleft()
+            return sum(size_bytes for _, _, size_bytes in self._flying) <= IN_FLIGHT_BYTES
 
     def _wait_for_oldest(self) -> None:
         """Wait for the oldest in flight; someone else may be the most urgent then."""
-        job, event, _ = self._flying.popleft()
+        with self._changed:
+            job, event, _ = self._flying.popleft()
         try:
             event.synchronize()
         except DeviceError as error:

@@ -283,7 +283,7 @@ class Pager(Writer):
             return self._resume_behind(holding, first, reach)
         job = BringIn(self, holding, [*range(first, layers), *range(first)], reach)
         holding.jobs.append(job)
-        self.link.put(job)
+        self.link.begin(job)
         return job
 
     def _resume_behind(self, holding: Holding, first: int, reach: list[int]) -> BringIn:

@@ -78,8 +78,11 @@ class Wants:
 
     def in_motion(self, block: Block) -> bool:
         """Another session is loading it, or taking it off the device."""
-        others = block.places - {self._holding}
-        return block.loading or any(p.moving for p in block.places) or any(p.displacing for p in others)
+        return block.loading or any(p.moving or (p.displacing and p is not self._holding) for p in block.places)
+
+    def lender(self, block: Block) -> Holding | None:
+        """Another session that has it mapped."""
+        return next((place for place in block.places if place is not self._holding), None)
 
     def replaces(self, want: Want) -> bool:
         """Its source is mapped here, and has to go before it is copied."""

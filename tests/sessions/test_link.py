@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -63,6 +64,40 @@ def test_a_second_resume_gets_its_first_layer_soon(slow: Rig) -> None:
         logits = oracle.forward(prompt(seed=seed))
         wanted = oracle.greedy(logits, 1)[0]
         assert torch.equal(session.forward(logits.float().argmax(-1)[:, None]), wanted)
+
+
+def test_who_resumes_issues_the_first_layer_itself(slow: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No worker has to wake for it, and it counts as in flight."""
+    session = released(slow, 1)
+    slow.device.link_gbps = LINK_GBPS
+    step, by = bringin.BringIn.step, []
+
+    def watched(job: bringin.BringIn) -> tuple:
+        by.append(threading.current_thread())
+        return step(job)
+
+    monkeypatch.setattr(bringin.BringIn, "step", watched)
+    monkeypatch.setattr(link, "IN_FLIGHT_BYTES", 0)
+    session.resume()
+    job, link_ = session.trace.job, slow.sessions.pager.link
+    assert by[0] is threading.current_thread()
+    assert job.issued[0] and [flying[0] for flying in link_._flying] == [job]
+    session.wait_until("restored", 10)
+    assert len(by) == LAYERS
+    assert {thread.name for thread in by[1:]} == {"djinn-link"}
+
+
+def test_a_first_layer_that_fails_is_told_to_the_pass(slow: Rig) -> None:
+    session, oracle = released(slow, 1), Oracle(slow.stock)
+    ids = oracle.forward(prompt(seed=1)).float().argmax(-1)[:, None]
+    slow.device.faults = FaultPlan().fail("map", 1)
+    session.resume()
+    assert slow.sessions.pager.link.idle, "no worker has it"
+    with pytest.raises(DeviceError):
+        session.forward(ids)
+    assert session.state is SessionState.SWAPPED
+    session.resume()
+    assert torch.equal(session.forward(ids), oracle.forward(ids))
 
 
 def test_a_prefetch_gives_way_to_a_resume(slow: Rig) -> None:

@@ -231,7 +231,7 @@ def test_who_makes_room_does_not_wait_for_a_session_that_waits_for_him(make_rig:
         pager,
         "take_free",
         lambda *args, **options: (
-            None if threading.current_thread().name == "djinn-link" else take_free(*args, **options)
+            take_free(*args, **options) if threading.current_thread().name == "djinn-ahead" else None
         ),
     )
     other.resume()  # the thread that makes room chooses the victim

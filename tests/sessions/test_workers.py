@@ -177,9 +177,27 @@ def test_at_a_boundary(rig: Rig, monkeypatch, error) -> None:
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize(
-    "call", ["device.copy", "device.map", "device.grant", "device.bind_thread", "pool.acquire_all"]
-)
+@pytest.mark.parametrize("call", ["device.map", "device.grant", "pool.acquire_all"])
+@pytest.mark.parametrize("stop_after", [None, 2])
+def test_in_the_thread_that_resumes(rig: Rig, monkeypatch, call, error, stop_after) -> None:
+    """It issues the first layer: the pass is told, an interrupt is raised as it is; the session is whole."""
+    session, ids, wanted = begun(rig, 1, stop_after)
+    session.pause(release=True)
+    session.wait_until("released", 10)
+    where, name = call.split(".")
+    bomb = Bomb(monkeypatch, owner_of(rig, where), name, threading.current_thread().name, error)
+    with pytest.raises(WorkerError if isinstance(error, Exception) else type(error)) as caught:
+        go_on(session, ids)
+    assert bomb.fired
+    if isinstance(error, Exception):
+        check_told(rig, caught.value, session, error)
+    assert session.state is SessionState.SWAPPED
+    check_alive(rig)
+    assert torch.equal(go_on(session, ids), wanted)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("call", ["device.copy", "device.map", "device.grant", "device.bind_thread"])
 @pytest.mark.parametrize("stop_after", [None, 2])
 def test_in_the_thread_that_issues(rig: Rig, monkeypatch, call, error, stop_after) -> None:
     session, ids, wanted = begun(rig, 1, stop_after)

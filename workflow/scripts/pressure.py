@@ -8,6 +8,7 @@ file and compare every token. Djinn runs under the cap and, as the ideal, withou
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import time
@@ -45,6 +46,7 @@ def main() -> None:
     if args.system == "djinn":
         swaps.write_log(args.out.parent / swaps.LOG, [("no event: the result says why", ())])  # a run overwrites it
     with harness.experiment(args, experiment="pressure", system=args.system) as exp, torch.inference_mode():
+        gc.disable()  # every thread would wait for a collection, and one turn would be charged with it
         if args.system in ("djinn", "djinn_uncapped"):
             served_run.run(exp, capped=args.system == "djinn", wanted=wanted_tokens(exp))
         else:
@@ -163,6 +165,7 @@ def run_seed(
     for tenant in tenants:
         tenant.close()
     tenants.clear()
+    gc.collect()
     if stopped is not None:
         where = f"{method}: {opened} of {workload.sessions} sessions were open, {len(complete)} complete"
         raise harness.Outcome("out_of_memory", f"{where}: {str(stopped).splitlines()[0]}")

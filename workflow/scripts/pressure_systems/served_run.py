@@ -1,11 +1,13 @@
 """Djinn's part of the pressure experiment: seeds, think times, the event log, and the verdicts from the samples.
 
 Where the card holds the demand, each seed is run without the cap too, right before or after it is run under the cap,
-by turns, in the same process: how fast passes are issued wanders within minutes, and ratios must not see that.
+by turns, in the same process: how fast passes are issued wanders within minutes, and ratios must not see that. Each
+run begins with an empty pool of extents, as the first one does, so that device memory shows who arrives.
 """
 
 from __future__ import annotations
 
+import gc
 import heapq
 import logging
 import threading
@@ -82,6 +84,7 @@ def run_uncapped(
 ) -> None:
     """The ideal beside a capped run of this seed: nothing but the budget differs. The cap holds again on return."""
     runtime.resize(exp.config["uncapped_bytes"])
+    runtime.pool.trim()
     dims = {"seed": seed, "method": "djinn_uncapped"}
     trace = MemoryTrace(exp, **dims, runtime=runtime, recorded=False)
     tenants = take_all(exp, bench, workload, trace, dims)
@@ -119,6 +122,7 @@ def run_seed(
     """`take_all` of one seed, and what the samples say of it; returns the pager's events."""
     dims = {"seed": seed, "method": "djinn"}
     runtime.events.clear()
+    runtime.pool.trim()
     origin = bench.device.event(timing=True)
     origin.record(bench.device.current_stream())
     trace = MemoryTrace(exp, **dims, runtime=runtime)
@@ -163,6 +167,7 @@ def close_all(tenants: list[ServedTenant]) -> None:
     for tenant in tenants:
         tenant.close()
     tenants.clear()
+    gc.collect()
 
 
 def check_cap(exp: harness.Experiment, trace: MemoryTrace, seed: int) -> None:
