@@ -14,6 +14,8 @@ from djinn_core.sessions import Session, SessionState, bringin, link
 from tests.sessions.oracle import Oracle, prompt
 from tests.sessions.rigs import LAYERS, MakeRig, Rig
 
+pytestmark = pytest.mark.timeout(60)  # the watchdog: a bring-in that nobody ends
+
 SESSION_BYTES = LAYERS * (64 << 10)
 LINK_GBPS = 0.0002
 LAYER_MS = 38  # what 15 tokens of a layer take then
