@@ -273,6 +273,8 @@ class BringIn:
         with self.changed:
             self.done = True
             self.changed.notify_all()
+        with self._pager.lock:  # `wait_until` waits there
+            self._pager.lock.notify_all()
 
     def fail(self, error: BaseException) -> None:
         """`finish`, with whatever was raised."""

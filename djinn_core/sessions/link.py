@@ -36,14 +36,14 @@ class Stage(Enum):
 
     WANTED = "wanted"
     BLOCKED = "has to wait for someone first"
-    WAITING = "is being prepared"
+    WAITING = "is being prepared"  # by the second worker, or by who resumes
     PREPARED = "holds all that its layers need"
 
 
 _NEXT = {
     Stage.WANTED: {Stage.BLOCKED, Stage.PREPARED},
     Stage.BLOCKED: {Stage.WAITING, Stage.PREPARED},
-    Stage.WAITING: {Stage.PREPARED},
+    Stage.WAITING: {Stage.BLOCKED, Stage.PREPARED},
     Stage.PREPARED: set(),
 }
 
@@ -69,24 +69,22 @@ class Link:
 
     def begin(self, job: BringIn) -> None:
         """`put`, and the first layer is issued here and now, on the caller's thread, if nobody has to be waited for."""
+        with self._changed:
+            self._stages[job] = Stage.WAITING  # the workers need not wake for it
         try:
-            self._pager.device.bind_thread()
             if prepared := job.prepare(wait=False):
                 self._step(job)
         except BaseException as error:
-            job.fail(error)  # the pass that waits for it is told, as by a worker
+            self._end(job, error)  # the pass that waits for it is told, as by a worker
             if not isinstance(error, Exception):
                 raise
             return
-        self._take_up(job, Stage.PREPARED if prepared else Stage.BLOCKED)
+        self._go(job, Stage.PREPARED if prepared else Stage.BLOCKED)
 
     def put(self, job: BringIn) -> None:
         """Begin; returns at once. The job ends with `Pager.ended`, in any case."""
-        self._take_up(job, Stage.BLOCKED if job.prefetch else Stage.WANTED)
-
-    def _take_up(self, job: BringIn, stage: Stage) -> None:
         with self._changed:
-            self._stages[job] = stage
+            self._stages[job] = Stage.BLOCKED if job.prefetch else Stage.WANTED
             self._changed.notify_all()
 
     def nudge(self) -> None:
@@ -167,19 +165,18 @@ class Link:
 
     def _has_room(self) -> bool:
         """Whether another step may be issued."""
+        while self._flying and self._arrived(self._flying[0][1]):
+            self._flying.popleft()  # nobody else takes anything out
         with self._changed:
-            while self._flying and self._arrived(self._flying[0][1]):
-                self._flying.popleft()
             return sum(size_bytes for _, _, size_bytes in self._flying) <= IN_FLIGHT_BYTES
 
     def _wait_for_oldest(self) -> None:
         """Wait for the oldest in flight; someone else may be the most urgent then."""
-        with self._changed:
-            job, event, _ = self._flying.popleft()
+        job, event, _ = self._flying.popleft()
         try:
             event.synchronize()
         except DeviceError as error:
-            if job in self._stages:
+            if self._stages.get(job) is Stage.PREPARED:  # else who prepares it finds the same
                 self._end(job, error)
 
     def _arrived(self, event: Event) -> bool:

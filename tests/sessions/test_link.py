@@ -72,10 +72,11 @@ def test_who_resumes_issues_the_first_layer_itself(slow: Rig, monkeypatch: pytes
     """No worker has to wake for it, and it counts as in flight."""
     session = released(slow, 1)
     slow.device.link_gbps = LINK_GBPS
-    step, by = bringin.BringIn.step, []
+    step, by, idle = bringin.BringIn.step, [], []
 
     def watched(job: bringin.BringIn) -> tuple:
         by.append(threading.current_thread())
+        idle.append(slow.sessions.pager.link.idle)
         return step(job)
 
     monkeypatch.setattr(bringin.BringIn, "step", watched)
@@ -83,10 +84,34 @@ def test_who_resumes_issues_the_first_layer_itself(slow: Rig, monkeypatch: pytes
     session.resume()
     job, link_ = session.trace.job, slow.sessions.pager.link
     assert by[0] is threading.current_thread()
+    assert not idle[0], "room would be made beside it"
     assert job.issued[0] and [flying[0] for flying in link_._flying] == [job]
     session.wait_until("restored", 10)
     assert len(by) == LAYERS
     assert {thread.name for thread in by[1:]} == {"djinn-link"}
+
+
+def test_whoever_waits_for_the_rest_is_woken_at_its_end(slow: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a thread that no Ctrl-C can wake, and though the books were right a moment before the bring-in was done."""
+    session, pager = released(slow, 1), slow.sessions.pager
+    ended, took = pager.ended, []
+
+    def late(job: bringin.BringIn) -> None:
+        ended(job)
+        time.sleep(0.05)
+
+    def wait() -> None:
+        begun_s = time.monotonic()
+        session.wait_until("restored", 20)
+        took.append(time.monotonic() - begun_s)
+
+    monkeypatch.setattr(pager, "ended", late)
+    slow.device.link_gbps = LINK_GBPS
+    session.resume()
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    waiter.join()
+    assert took[0] < 10
 
 
 def test_a_first_layer_that_fails_is_told_to_the_pass(slow: Rig) -> None:

@@ -466,13 +466,13 @@ def test_who_makes_room_looks_again_before_waiting(make_rig: MakeRig, monkeypatc
         stop_once()
         return wait_issued(self, **how)
 
-    def none_for_the_link(owner, sizes, **options):
-        return None if threading.current_thread().name == "djinn-link" else take_free(owner, sizes, **options)
+    def none_but_for_the_one_who_waits(owner, sizes, **options):
+        return take_free(owner, sizes, **options) if threading.current_thread().name == "djinn-ahead" else None
 
     wait_issued = Holding.wait_issued
     monkeypatch.setattr(Holding, "wait_issued", late_issued)
     monkeypatch.setattr(writeback, "_wait_idle", late)
-    monkeypatch.setattr(pager, "take_free", none_for_the_link)
+    monkeypatch.setattr(pager, "take_free", none_but_for_the_one_who_waits)
     with monkeypatch.context() as patch:
         patch.setattr(pager, "_out", queue.SimpleQueue())  # the writer is busy elsewhere
         victim.pause()
