@@ -176,7 +176,7 @@ class Link:
         try:
             event.synchronize()
         except DeviceError as error:
-            if self._stages.get(job) is Stage.PREPARED:  # else who prepares it finds the same
+            if self._stages.get(job) is Stage.PREPARED:  # else it has ended, or who prepares it finds the same
                 self._end(job, error)
 
     def _arrived(self, event: Event) -> bool:
