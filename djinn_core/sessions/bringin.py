@@ -5,10 +5,10 @@ to come, ones that come back from the host, ones that a fork shares, and copies 
 extents are acquired before the first map, so running out leaves everything as it was. Then each step's are created and
 mapped with one grant, its copies are issued in one call, in pieces of at most 8 MiB, and an event is recorded behind
 them: the pass goes on as soon as its next layer is issued, and the compute stream waits for that step's event alone.
-While the link is busy the next step is mapped already. A resume's first step is its first layer; later ones are as
-large as `STEP_BYTES`, since each call gives up Python's interpreter, and under load the grant takes most of a
-millisecond, beside the thread that issues the pass. Where there is nothing to copy, as in a prefill, the pass maps each
-layer as it comes to it: the device would wait for all maps in a row.
+While the link is busy the next steps are mapped already, as many at once as `MAP_BYTES` has: a grant holds up whoever
+launches kernels meanwhile, a large one not much longer than a small one. A resume's first step is its first layer;
+later ones are as large as `STEP_BYTES`, since each call gives up Python's interpreter. Where there is nothing to copy,
+as in a prefill, the pass maps each layer as it comes to it: the device would wait for all maps in a row.
 
 Invariant: a step is committed (tables, places) only when its maps and copies were accepted, so a failure between two
 steps leaves a session whose next try does the rest.
@@ -23,7 +23,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 PIECE_BYTES = 8 << 20  # so that another session's boundary need not wait long behind it
 STEP_BYTES = 256 << 20  # six layers of a long session: 5 ms of a fast link
+MAP_BYTES = 3 * STEP_BYTES
 
 
 class BringIn:
@@ -82,7 +83,7 @@ class BringIn:
         self._rows: dict[int, list[Want]] = {}
         self._last: Event | None = None  # behind the last copies
         self._left = deque(order)
-        self._ahead: list[int] = []  # the next step, mapped already
+        self._ahead: list[int] = []  # mapped already, the next to be copied
 
     @property
     def urgency(self) -> tuple[int, float]:
@@ -205,19 +206,19 @@ class BringIn:
         return ready
 
     def map_ahead(self) -> bool:
-        """Map the next step; False when it is mapped, or there is none."""
+        """Map the next steps; False when the next one is mapped, or there is none."""
         if self.cancelled or self._ahead or not self._left:
             return False
-        self._map(self._next())
+        self._map(self._next(self._left, MAP_BYTES))
         return True
 
-    def _next(self) -> list[int]:
-        """The layers of the next step."""
+    def _next(self, among: Iterable[int], limit_bytes: int) -> list[int]:
+        """The first of `among` that are within the limit, and one at least."""
         layers: list[int] = []
         size_bytes = 0
-        for layer in self._left:
+        for layer in among:
             size_bytes += sum(want.block.size_bytes for want in self._rows[layer])
-            if layers and (size_bytes > STEP_BYTES or self.by_pass or self.begins):
+            if layers and (size_bytes > limit_bytes or self.by_pass or self.begins):
                 break
             layers.append(layer)
         return layers
@@ -229,13 +230,13 @@ class BringIn:
         """
         stream, before = self._pager.h2d_first if self.begins else self._pager.h2d, self.bytes
         if not self._ahead:
-            self._map(self._next())
-        layers = self._ahead
+            self._map(self._next(self._left, STEP_BYTES))
+        layers = self._next(self._ahead, STEP_BYTES)
         arrival = self._issue(layers, stream)
         for layer in layers:
             self._rows[layer] = []
             self._left.popleft()
-        self._ahead = []
+        self._ahead = self._ahead[len(layers) :]
         with self.changed:
             for layer in layers:
                 self.issued[layer] = 1

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from djinn_core.device.base import Device
 from djinn_core.errors import (
     ConfigError,
+    DeviceError,
     DjinnError,
     IntegrityError,
     OutOfDeviceMemory,
@@ -36,6 +37,7 @@ from djinn_core.sessions.policy import Policy
 from djinn_core.sessions.state import SessionState, refusal
 from djinn_core.sessions.writer import Writer
 
+AT_ONCE_BLOCKS = 4  # a few tenths of a millisecond to unmap
 HELP_FROM_S = 1.0  # who waits this long for a write-back does it itself; who only looks is not held up
 
 
@@ -251,8 +253,24 @@ class Pager(Writer):
             holding.release, holding.prefetch_failed = release, False
             self._want(holding)
             holding.trouble, holding.needed = None, False
-        self._out.put(holding)
         self.log(holding, "pause")
+        if release and self._leaves_at_once(holding):
+            self._drain(holding)
+        else:
+            self._out.put(holding)
+
+    def _leaves_at_once(self, holding: Holding) -> bool:
+        """Nothing is left to copy or to wait for, and so little to unmap that waking the writer would take longer."""
+        if len(holding.mapped) > AT_ONCE_BLOCKS or holding.jobs or holding.pins:
+            return False
+        try:
+            if (behind := holding.behind) is not None:
+                if not behind.idle:
+                    return False
+                behind.settle()
+            return holding.pass_done.query() and holding.is_clean()
+        except DeviceError:
+            return False  # the writer meets it again, and tells who waits
 
     def resume(self, holding: Holding, first: int, last: int, new: int) -> BringIn | None:
         """Bring back what a pass of layers `first` to `last` - 1 over `new` tokens wants, and then the rest.

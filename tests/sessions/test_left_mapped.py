@@ -23,7 +23,8 @@ def test_an_unmap_that_is_refused_when_a_bring_in_is_cancelled(rig: Rig, monkeyp
     point = session.checkpoint()
     session.pause(release=True)
     session.wait_until("released", 10)
-    monkeypatch.setattr("djinn_core.sessions.bringin.STEP_BYTES", 1)
+    for name in ("STEP_BYTES", "MAP_BYTES"):
+        monkeypatch.setattr(f"djinn_core.sessions.bringin.{name}", 1)
     monkeypatch.setattr("djinn_core.sessions.link.IN_FLIGHT_BYTES", 1)
     rig.device.link_gbps = 0.00001
     session.resume()

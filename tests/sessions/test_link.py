@@ -10,6 +10,7 @@ import torch
 
 from djinn_core.device.faults import FaultPlan
 from djinn_core.errors import DeviceError
+from djinn_core.memory.regions import Region
 from djinn_core.sessions import Session, SessionState, bringin, link
 from tests.sessions.oracle import Oracle, prompt
 from tests.sessions.rigs import LAYERS, MakeRig, Rig
@@ -216,6 +217,21 @@ def test_the_next_step_is_mapped_while_the_link_is_full(two_by_two: Rig) -> None
     assert sum(job.issued) == 2
     session.wait_until("restored", 10)
     assert not job._ahead
+
+
+def test_several_steps_are_mapped_with_one_grant(slow: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are copied one by one all the same."""
+    session = released(slow, 1)
+    monkeypatch.setattr(bringin, "MAP_BYTES", 2 * SESSION_BYTES // LAYERS)
+    grants, done, back = [], [], Region.map
+    monkeypatch.setattr(Region, "map", lambda region, parts: (grants.append(len(parts)), back(region, parts)))
+    step = bringin.BringIn.step
+    monkeypatch.setattr(bringin.BringIn, "step", lambda job: (done.append(sum(job.issued)), step(job))[1])
+    slow.device.link_gbps = LINK_GBPS
+    session.resume()
+    session.wait_until("restored", 10)
+    assert done == list(range(LAYERS)), "one layer a step"
+    assert max(grants) == 2 * grants[0] and sum(grants) == LAYERS * grants[0], grants
 
 
 def test_what_was_mapped_ahead_is_given_back_when_nobody_wants_it_any_more(two_by_two: Rig) -> None:

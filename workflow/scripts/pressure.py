@@ -46,6 +46,8 @@ def main() -> None:
     if args.system == "djinn":
         swaps.write_log(args.out.parent / swaps.LOG, [("no event: the result says why", ())])  # a run overwrites it
     with harness.experiment(args, experiment="pressure", system=args.system) as exp, torch.inference_mode():
+        # without a GPU a caller computes, with threads that start where it is
+        exp.config["callers_core"] = max(os.sched_getaffinity(0)) if exp.is_gpu else None
         gc.disable()  # every thread would wait for a collection, and one turn would be charged with it
         if args.system in ("djinn", "djinn_uncapped"):
             served_run.run(exp, capped=args.system == "djinn", wanted=wanted_tokens(exp))
@@ -191,7 +193,7 @@ def take_rounds(
         exp.result.sample("next_token_ms", times.next_token_ms, "ms", **dims)
 
     for round_index in range(workload.rounds):
-        run_turns(tenants, workload.order(seed, round_index), callers, done)
+        run_turns(tenants, workload.order(seed, round_index), callers, exp.config["callers_core"], done)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import heapq
 import logging
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +25,7 @@ from workflow.scripts import pressure
 from workflow.scripts.pressure_systems import swaps
 from workflow.scripts.pressure_systems.served import ServedTenant
 from workflow.scripts.pressure_systems.trace import MemoryTrace
-from workflow.scripts.pressure_systems.workload import Workload
+from workflow.scripts.pressure_systems.workload import Workload, on_one_core
 from workflow.scripts.resume import make_bench
 from workflow.scripts.resume_methods.base import Bench
 
@@ -218,17 +217,21 @@ def check_evicted(exp: harness.Experiment, seed: int) -> None:
 
 
 def uncontended(exp: harness.Experiment, bench: Bench, runtime: djinn.Runtime, workload: Workload) -> None:
-    """What `ready_ms` is when nobody else is there: one session, off the device at each resume."""
+    """What `ready_ms` is when nobody else is there: one caller, one session, off the device at each resume."""
     repeats = exp.config["uncontended_repeats"]
     tenant = ServedTenant(0, replace(workload, rounds=repeats), bench)
     tenant.spawn(workload.prompt(0, bench.stock))
-    session = tenant.session
-    for repeat in range(repeats):
-        session.wait_until("clean", RELEASE_TIMEOUT_S)
-        runtime.evict(session)
-        bench.device.synchronize()
-        times = tenant.turn()
-        exp.result.sample("ready_ms", times.ready_ms, "ms", method="djinn_uncontended", warmup=repeat == 0)
+
+    def call() -> None:
+        with torch.inference_mode():
+            for repeat in range(repeats):
+                tenant.session.wait_until("clean", RELEASE_TIMEOUT_S)
+                runtime.evict(tenant.session)
+                bench.device.synchronize()
+                times = tenant.turn()
+                exp.result.sample("ready_ms", times.ready_ms, "ms", method="djinn_uncontended", warmup=repeat == 0)
+
+    on_one_core(1, exp.config["callers_core"], call)
     tenant.close()
 
 
@@ -285,9 +288,7 @@ def think(
                         heapq.heappush(due, (time.monotonic() + pause_s, turn + 1, number))
                     condition.notify_all()
 
-    with ThreadPoolExecutor(exp.config["callers"]) as pool:
-        for future in [pool.submit(serve) for _ in range(exp.config["callers"])]:
-            future.result()
+    on_one_core(exp.config["callers"], exp.config["callers_core"], serve)
     share = np.mean(
         [r["value"] for r in exp.result.samples if r["metric"] == "found_resident" and r["variant"] == variant]
     )

@@ -7,6 +7,7 @@ turn's tokens are compared with a stock model that never paused.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -104,8 +105,30 @@ def reference_tokens(model: PreTrainedModel, workload: Workload, session: int) -
     return tokens
 
 
-def run_turns(tenants: list[Tenant], order: list[int], callers: int, done: Callable[[Tenant, TurnTimes], None]) -> None:
-    """Give everyone in `order` a turn, `callers` of them at a time; `done` is called under a lock.
+def on_one_core(callers: int, core: int | None, work: Callable[[], None]) -> None:
+    """Run `work` in `callers` threads, all on `core` (None: where the system puts them), until all have ended.
+
+    Python runs one of them at a time anyway. On a core of its own each finds its caches cold whenever its turn comes,
+    and loses the interpreter in each call of the driver; on one core neither happens.
+    """
+
+    def settle_down() -> None:
+        if core is not None:
+            os.sched_setaffinity(0, {core})
+
+    with ThreadPoolExecutor(callers, initializer=settle_down) as pool:
+        for future in [pool.submit(work) for _ in range(callers)]:
+            future.result()
+
+
+def run_turns(
+    tenants: list[Tenant],
+    order: list[int],
+    callers: int,
+    core: int | None,
+    done: Callable[[Tenant, TurnTimes], None],
+) -> None:
+    """Give everyone in `order` a turn, `callers` of them at a time, on `core`; `done` is called under a lock.
 
     With more than one caller, a session is brought back while another computes.
     """
@@ -123,9 +146,7 @@ def run_turns(tenants: list[Tenant], order: list[int], callers: int, done: Calla
                 with lock:
                     done(tenants[number], times)
 
-    with ThreadPoolExecutor(callers) as pool:
-        for future in [pool.submit(work) for _ in range(callers)]:
-            future.result()
+    on_one_core(callers, core, work)
 
 
 class Timer:
