@@ -4,11 +4,15 @@ One pass at a time computes on a device; who asked first goes first. `threading.
 many callers it starves some. Here each waiter owns a lock of its own, and a release hands the turn to the oldest.
 The holder may take the turn again (a session holds it around a pass that takes it too); it passes on when the
 outermost hold ends.
+
+Who resumes a session has a little to issue before it asks for its turn, and what it issues first is the copies that it
+will wait for. `Way` lets it: the pass under way gives way between two of its layers.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from types import TracebackType
 
@@ -93,3 +97,34 @@ class Turn:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+class Way:
+    """Who is within goes first; who holds the turn asks between layers whether somebody is, and waits for them.
+
+    Both issue from Python, which runs one thread at a time: without it, what takes a millisecond alone takes the rest
+    of a time slice for each time that the interpreter, or the core, goes to the other one.
+
+    Attributes:
+        within: how many there are.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self.within = 0
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self.within += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self._changed:
+            self.within -= 1
+            self._changed.notify_all()
+
+    def give(self, limit_s: float) -> float:
+        """Return when nobody is within, or after `limit_s`; the seconds that it took."""
+        begun_s = time.perf_counter()
+        with self._changed:
+            self._changed.wait_for(lambda: not self.within, limit_s)
+        return time.perf_counter() - begun_s

@@ -36,6 +36,7 @@ from djinn_core.sessions.link import Link
 from djinn_core.sessions.policy import Policy
 from djinn_core.sessions.state import SessionState, refusal
 from djinn_core.sessions.writer import Writer
+from djinn_core.turn import Way
 
 AT_ONCE_BLOCKS = 4  # a few tenths of a millisecond to unmap
 HELP_FROM_S = 1.0  # who waits this long for a write-back does it itself; who only looks is not held up
@@ -46,6 +47,7 @@ class Pager(Writer):
 
     Attributes:
         link: bring-ins under way.
+        way: for who resumes, up to where its bring-in has begun.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Pager(Writer):
     ) -> None:
         super().__init__(device, pool, host, disk, policy)
         self._closed = False
+        self.way = Way()
         self.link = Link(self)
         self.link.start()
 

@@ -11,11 +11,15 @@ from djinn_core.interrupts import Uninterrupted
 from djinn_core.models.boundary import PassStopped
 from djinn_core.sessions.edits import apply_edits
 from djinn_core.sessions.inputs import EditsByLayer
+from djinn_core.turn import Way
 
 if TYPE_CHECKING:
     from djinn_core.device.base import Stream
     from djinn_core.sessions.behind import Behind
     from djinn_core.sessions.bringin import BringIn
+
+
+PATIENCE_S = 0.005  # in all, for who comes while this pass computes; a resume begins within one or two milliseconds
 
 
 class Control:
@@ -28,6 +32,7 @@ class Control:
         enter: given the embeddings, returns what layer `first` receives; None leaves them.
         edits: applied to the hidden states after a layer (counted from 1).
         keep: takes the boundary when the pass stops.
+        way: given to who resumes meanwhile.
         layers: of the model; a stop after the last one has no next layer to be taken at.
         behind: copies each layer's KV to the host while the next ones compute.
     """
@@ -38,6 +43,7 @@ class Control:
         stop: int | None,
         jobs: Sequence[BringIn],
         compute: Stream,
+        way: Way,
         *,
         enter: Callable[[torch.Tensor], torch.Tensor] | None,
         edits: EditsByLayer,
@@ -50,6 +56,8 @@ class Control:
         self._last = layers
         self._jobs = tuple(jobs)
         self._compute = compute
+        self._way = way
+        self._patience_s = PATIENCE_S
         self._enter = enter
         self._edits = edits
         self._keep = keep
@@ -62,6 +70,9 @@ class Control:
             return self._enter(hidden)
 
     def before_layer(self, layer: int) -> None:
+        if self._way.within and self._patience_s > 0:
+            with Uninterrupted():
+                self._patience_s -= self._way.give(self._patience_s)
         for job in self._jobs:
             job.gate(layer, self._compute)
 

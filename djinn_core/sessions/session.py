@@ -249,7 +249,7 @@ class Session:
                 pager.claim(holding, first, last, new)
             compute = pager.device.current_stream()
             control = Control(
-                *(first, stop, holding.jobs, compute),
+                *(first, stop, holding.jobs, compute, pager.way),
                 enter=enter,
                 edits=edits,
                 keep=lambda hidden: keep_boundary(pager, boundary, hidden),
@@ -350,12 +350,13 @@ class Session:
     def _resume_between(self, place: Checkpoint | None, begun_s: float, edits: object, stop_after: int | None) -> None:
         check_between(self.id, edits, stop_after)
         pager, holding, trace = self._pager, self._holding, Trace(begun_s)
-        trace.there(pager.device, pager.staging.idle_stream)
-        if place is not None:
-            pager.adopt(holding, place)
-            self._stand_at(place)
-        trace.mark("lineage")
-        trace.brought(pager.resume(holding, 0, 0, 0), holding.jobs, 0)
+        with pager.way:
+            trace.there(pager.device, pager.staging.idle_stream)
+            if place is not None:
+                pager.adopt(holding, place)
+                self._stand_at(place)
+            trace.mark("lineage")
+            trace.brought(pager.resume(holding, 0, 0, 0), holding.jobs, 0)
         trace.mark("bring-in begun")
         self.trace = trace
 
@@ -366,9 +367,7 @@ class Session:
         edits: Sequence[Edit] | Mapping[int, Sequence[Edit]],
         stop_after: int | None,
     ) -> torch.Tensor | Checkpoint:
-        pager, holding, entered = self._pager, self._holding, False
-        slot = load_boundary(pager, holding, place.boundary, stands_at=self.stopped)
-        trace = Trace(begun_s, slot.ready if isinstance(slot, Slot) else None)
+        pager, holding, entered, slot = self._pager, self._holding, False, None
 
         def enter(hidden: torch.Tensor) -> torch.Tensor:
             nonlocal entered
@@ -376,23 +375,24 @@ class Session:
             return apply_edits(by_layer.get(place.layer, ()), enter_boundary(pager, place.boundary, slot))
 
         try:
-            if trace.ready is None:
-                trace.there(pager.device, pager.device.current_stream())
-            trace.mark("boundary issued")
-            if stop_after is not None and check_layer(stop_after, self._layers) <= place.layer:
-                raise BreakpointError(
-                    f"the pass has been executed to layer {place.layer}; it cannot stop after {stop_after} any more"
-                )
-            given = edits if isinstance(edits, Mapping) or not edits else {place.layer: edits}
-            tokens = place.inputs.ids.shape[1]
-            by_layer = self._edits(given, stop_after, tokens)
-            check_later(place.layer, by_layer)
-            if not self._stands_at(place):
-                pager.adopt(holding, place)
-                self._stand_at(place)
-            trace.mark("lineage")
-            last = stop_after or self._layers
-            trace.brought(pager.resume(holding, place.layer, last, tokens), holding.jobs, place.layer)
+            with pager.way:
+                slot = load_boundary(pager, holding, place.boundary, stands_at=self.stopped)
+                trace = Trace(begun_s, slot.ready if isinstance(slot, Slot) else None)
+                if trace.ready is None:
+                    trace.there(pager.device, pager.device.current_stream())
+                trace.mark("boundary issued")
+                if stop_after is not None and check_layer(stop_after, self._layers) <= place.layer:
+                    raise BreakpointError(f"the pass ran to layer {place.layer}; it cannot stop after {stop_after} now")
+                given = edits if isinstance(edits, Mapping) or not edits else {place.layer: edits}
+                tokens = place.inputs.ids.shape[1]
+                by_layer = self._edits(given, stop_after, tokens)
+                check_later(place.layer, by_layer)
+                if not self._stands_at(place):
+                    pager.adopt(holding, place)
+                    self._stand_at(place)
+                trace.mark("lineage")
+                job = pager.resume(holding, place.layer, stop_after or self._layers, tokens)
+                trace.brought(job, holding.jobs, place.layer)
             trace.mark("bring-in begun")
             later = {layer: some for layer, some in by_layer.items() if layer > place.layer}
             applied = place.edits + tuple(by_layer.get(place.layer, ()))
