@@ -30,11 +30,12 @@ def test_callers_share_the_core_and_nobody_else_does() -> None:
     pairs = threading.Barrier(2)
     guests = [Guest(number, pairs) for number in range(4)]
     done: list[int] = []
-    run_turns(guests, [2, 0, 3, 1], 2, core, lambda guest, times: done.append(guest.number))
+    cpu_s = run_turns(guests, [2, 0, 3, 1], 2, core, lambda guest, times: done.append(guest.number))
     assert sorted(done) == [0, 1, 2, 3]
     assert {where for guest in guests for _, (where,) in guest.seen} == {core}
     assert len({who for guest in guests for who, _ in guest.seen}) == 2
     assert os.sched_getaffinity(0) == before
+    assert 0 < cpu_s < 10
 
 
 def test_without_a_core_callers_are_where_the_system_puts_them() -> None:

@@ -192,8 +192,10 @@ def take_rounds(
         exp.result.sample("ready_ms", times.ready_ms, "ms", **dims)
         exp.result.sample("next_token_ms", times.next_token_ms, "ms", **dims)
 
+    cpu_s, core = 0.0, exp.config["callers_core"]
     for round_index in range(workload.rounds):
-        run_turns(tenants, workload.order(seed, round_index), callers, exp.config["callers_core"], done)
+        cpu_s += run_turns(tenants, workload.order(seed, round_index), callers, core, done)
+    exp.result.sample("caller_cpu_s", cpu_s, "s", **dims)
 
 
 if __name__ == "__main__":
