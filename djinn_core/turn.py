@@ -18,6 +18,8 @@ from types import TracebackType
 
 from djinn_core.interrupts import Uninterrupted, acquire
 
+PATIENCE_S = 0.005  # a resume begins within one or two milliseconds
+
 
 class Turn:
     """A fair, re-entrant lock: first come, first served."""
@@ -100,31 +102,41 @@ class Turn:
 
 
 class Way:
-    """Who is within goes first; who holds the turn asks between layers whether somebody is, and waits for them.
+    """Who is within goes first; who holds the turn asks between layers whether somebody is, and waits for him.
 
     Both issue from Python, which runs one thread at a time: without it, what takes a millisecond alone takes the rest
-    of a time slice for each time that the interpreter, or the core, goes to the other one.
-
-    Attributes:
-        within: how many there are.
+    of a time slice for each time that the interpreter, or the core, goes to the other one. Nobody is waited for longer
+    than `PATIENCE_S` from when he came, and who has to wait himself had better `leave`.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self.within = 0
+        self._since_s: dict[int, float] = {}  # by thread
+
+    @property
+    def taken(self) -> bool:
+        """Somebody is within."""
+        return bool(self._since_s)
 
     def __enter__(self) -> None:
         with self._changed:
-            self.within += 1
+            self._since_s[threading.get_ident()] = time.perf_counter()
 
     def __exit__(self, *exception: object) -> None:
-        with self._changed:
-            self.within -= 1
-            self._changed.notify_all()
+        self.leave()
 
-    def give(self, limit_s: float) -> float:
-        """Return when nobody is within, or after `limit_s`; the seconds that it took."""
-        begun_s = time.perf_counter()
+    def leave(self) -> None:
+        """The calling thread is within no longer; nothing if it was not."""
         with self._changed:
-            self._changed.wait_for(lambda: not self.within, limit_s)
-        return time.perf_counter() - begun_s
+            if self._since_s.pop(threading.get_ident(), None) is not None:
+                self._changed.notify_all()
+
+    def give(self) -> None:
+        """Return when nobody is within who came less than `PATIENCE_S` ago."""
+        with self._changed:
+            while (left_s := self._left_s()) > 0:
+                self._changed.wait(left_s)
+
+    def _left_s(self) -> float:
+        now_s = time.perf_counter()
+        return max((since_s + PATIENCE_S - now_s for since_s in self._since_s.values()), default=0.0)

@@ -21,6 +21,7 @@ from djinn_core.models.seeded import SeededSource
 from djinn_core.runtime import Runtime
 from djinn_core.sessions.snapshot import load_session
 from djinn_core.sessions.tensorfile import TensorFile
+from djinn_core.turn import Way
 from tests.ctrl_c import interrupted, python_handles_it
 from tests.sessions.oracle import Oracle, prompt
 from tests.sessions.rigs import Rig, make_rig
@@ -348,7 +349,7 @@ def test_where_others_have_the_slots(rig: Rig) -> None:
     with rig.sessions.pager.lock:
         assert rig.sessions.pager.lock.wait_for(lambda: session.stopped.boundary.settled, 10)
     staging = rig.sessions.pager.staging
-    slots = [staging.take(), staging.take()]
+    slots = [staging.take(Way()), staging.take(Way())]
     with soon():
         session.resume()
     for slot in slots:

@@ -62,16 +62,13 @@ class BringIn:
         self, pager: Pager, holding: Holding, order: Sequence[int], reach: Sequence[int], *, prefetch: bool = False
     ) -> None:
         self._pager = pager
-        self.holding = holding
-        self.order = order
+        self.holding, self.order, self.prefetch = holding, order, prefetch
         self._wants = Wants(holding, order, reach)
-        self.prefetch = prefetch
         self.issued = bytearray(b"\1" * holding.layout.layers)
         for layer in order:
             self.issued[layer] = 0
         self.arrival: list[Event | None] = [None] * holding.layout.layers
-        self.begun = pager.device.event(timing=True)
-        self.restored = pager.device.event(timing=True)
+        self.begun, self.restored = (pager.device.event(timing=True) for _ in range(2))
         self.changed = threading.Condition()
         self.bytes = 0
         self.done = self.cancelled = self.by_pass = self.followed = False
@@ -142,6 +139,7 @@ class BringIn:
     def wait_issued(self, *, interruptible: bool = False) -> None:
         """Return when nothing more will be issued."""
         if not self.done:
+            self._pager.way.leave()
             wait = wait_for if interruptible else threading.Condition.wait_for
             with self.changed:
                 wait(self.changed, lambda: self.done)
@@ -152,7 +150,9 @@ class BringIn:
         Where only new blocks are wanted, the pass maps each layer as it comes to it, and ends with `end`.
         """
         try:
-            self.prepare(wait=True)
+            if not self.prepare(wait=False):
+                self._pager.way.leave()
+                self.prepare(wait=True)
             self.by_pass = all(want.source is None and not want.block.holders for want in self._flat())
             while not self.by_pass and self._left and not self.cancelled:
                 self.step()

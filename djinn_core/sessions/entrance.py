@@ -50,12 +50,13 @@ def load_boundary(
     there = boundary.device
     if there is not None:
         return there
-    slot = pager.staging.take()
+    slot = pager.staging.take(pager.way)
     with boundary.lock:
         host = boundary.host
         boundary.readers += 1
     try:
         if host is None:
+            pager.way.leave()
             pager.tiers.fetch(boundary, holding.id)
             host = boundary.host
         pager.staging.load(slot, host)

@@ -3,9 +3,9 @@
 A resume's first layer is issued by the thread that resumes, on a stream of its own beside the rest, if nobody has to be
 waited for: it wants that layer before anything else, and a worker would first have to wake and to get the interpreter.
 One worker issues what comes after. Before each step it asks again who is the most urgent, and it keeps so little in
-flight that a more urgent one begins within two steps' time, and so much that the link never idles. While that much is
-on its way the worker maps the step that comes next. A second worker does what may take long, so that the first never
-does: reading from disk, evicting, waiting for other sessions' transfers, and looking ahead.
+flight that a more urgent one begins within two steps' time and a map's, and so much that the link never idles. While
+that much is on its way the worker maps the steps that come next. A second worker does what may take long, so that the
+first never does: reading from disk, evicting, waiting for other sessions' transfers, and looking ahead.
 
 Not taken: a stream for each session. The copy engine would serve them in turn, and a resume's first layer would get a
 share of the link instead of all of it.

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from djinn_core.device.base import Device
 from djinn_core.errors import (
     ConfigError,
-    DeviceError,
     DjinnError,
     IntegrityError,
     OutOfDeviceMemory,
@@ -245,7 +244,7 @@ class Pager(Writer):
                 self._settle_state(holding, None)
 
     def pause(self, holding: Holding, expected_resume_s: float | None, release: bool) -> None:
-        """PAUSED, and its write-back under way. Returns at once."""
+        """PAUSED, and its write-back under way, or SWAPPED if there was little to do. Returns at once."""
         if not isinstance(expected_resume_s, int | float | None):
             raise UsageError(f"expected_resume_s is {expected_resume_s!r}; give seconds, or None")
         with self.lock:
@@ -257,23 +256,39 @@ class Pager(Writer):
             self._want(holding)
             holding.trouble, holding.needed = None, False
         self.log(holding, "pause")
-        if release and self._leaves_at_once(holding):
-            self._drain(holding)
-        else:
-            self._out.put(holding)
-
-    def _leaves_at_once(self, holding: Holding) -> bool:
-        """Nothing is left to copy or to wait for, and so little to unmap that waking the writer would take longer."""
-        if len(holding.mapped) > AT_ONCE_BLOCKS or holding.jobs or holding.pins:
-            return False
+        gone = False
         try:
-            if (behind := holding.behind) is not None:
-                if not behind.idle:
+            gone = release and self._leave_at_once(holding)
+        except Exception as error:  # noqa: BLE001 - the writer meets it again, and tells who waits
+            self.log(holding, f"not released at once ({error!r})")
+        finally:
+            if not gone:
+                self._out.put(holding)
+
+    def _leave_at_once(self, holding: Holding) -> bool:
+        """Unmap it, if nothing is left to copy or to wait for, and so little that to wake the writer takes longer."""
+        behind = holding.behind
+        if len(holding.mapped) > AT_ONCE_BLOCKS or holding.jobs or (behind is not None and not behind.idle):
+            return False
+        self.device.bind_thread()
+        if not holding.pass_done.query():
+            return False
+        if behind is not None:
+            behind.settle()
+        begun_s = time.perf_counter()
+        with self.leaving(holding):
+            with self.lock:
+                busy = holding.moving or holding.draining or holding.pins
+                if busy or holding.state is not SessionState.PAUSED or not holding.is_clean():
                     return False
-                behind.settle()
-            return holding.pass_done.query() and holding.is_clean()
-        except DeviceError:
-            return False  # the writer meets it again, and tells who waits
+                holding.moving = True
+            freed = self._leave(holding)
+            with self.lock:
+                holding.unstarted, holding.queued = False, holding.drains > 0
+                self.lock.notify_all()
+        if freed:
+            self.log(holding, "evict", freed, time.perf_counter() - begun_s)
+        return True
 
     def resume(self, holding: Holding, first: int, last: int, new: int) -> BringIn | None:
         """Bring back what a pass of layers `first` to `last` - 1 over `new` tokens wants, and then the rest.

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from djinn_core.sessions.bringin import BringIn
 
 
-PATIENCE_S = 0.005  # in all, for who comes while this pass computes; a resume begins within one or two milliseconds
-
-
 class Control:
     """What the boundary asks during a session's pass (`PassControl`). One per pass.
 
@@ -57,7 +54,6 @@ class Control:
         self._jobs = tuple(jobs)
         self._compute = compute
         self._way = way
-        self._patience_s = PATIENCE_S
         self._enter = enter
         self._edits = edits
         self._keep = keep
@@ -70,9 +66,9 @@ class Control:
             return self._enter(hidden)
 
     def before_layer(self, layer: int) -> None:
-        if self._way.within and self._patience_s > 0:
+        if self._way.taken:
             with Uninterrupted():
-                self._patience_s -= self._way.give(self._patience_s)
+                self._way.give()
         for job in self._jobs:
             job.gate(layer, self._compute)
 

@@ -382,7 +382,7 @@ class Session:
                     trace.there(pager.device, pager.device.current_stream())
                 trace.mark("boundary issued")
                 if stop_after is not None and check_layer(stop_after, self._layers) <= place.layer:
-                    raise BreakpointError(f"the pass ran to layer {place.layer}; it cannot stop after {stop_after} now")
+                    raise BreakpointError(f"executed to layer {place.layer} already; it cannot stop after {stop_after}")
                 given = edits if isinstance(edits, Mapping) or not edits else {place.layer: edits}
                 tokens = place.inputs.ids.shape[1]
                 by_layer = self._edits(given, stop_after, tokens)

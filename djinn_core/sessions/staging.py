@@ -25,6 +25,7 @@ from djinn_core.memory.extents import Extent, ExtentPool
 from djinn_core.memory.hosttier import HostBlock
 from djinn_core.memory.ledger import Kind
 from djinn_core.memory.regions import Region
+from djinn_core.turn import Way
 
 INBOUND_SLOTS = 2
 Acquire = Callable[[int, Kind, str], Extent]
@@ -124,11 +125,12 @@ class Staging:
         for slot in old:
             slot.close()
 
-    def take(self) -> Slot:
-        """An inbound slot; waits for another resume's when none is idle."""
+    def take(self, way: Way) -> Slot:
+        """An inbound slot; waits for another resume's when none is idle, and out of the way: a pass may have it."""
         try:
             return self._idle.popleft()
         except IndexError:
+            way.leave()
             with self._changed:
                 wait_for(self._changed, lambda: self._idle)
                 return self._idle.popleft()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
 
+from djinn_core.device.base import Event
 from djinn_core.device.faults import FaultPlan
 from djinn_core.errors import DjinnError
 from djinn_core.sessions import Session, SessionState, blocks
@@ -86,7 +88,32 @@ def test_a_pause_that_has_little_to_do_does_it_itself(rig: Rig, monkeypatch) -> 
     leave_and_return(session, wanted)
 
 
-@pytest.mark.parametrize("why", ["copies are under way", "much to unmap", "no release", "not on the host"])
+class Asked:
+    """The event behind a pass, which answers as it is told."""
+
+    def __init__(self, event: Event, answer: Callable[[], bool]) -> None:
+        self.query, self.event = answer, event
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.event, name)
+
+
+def broken() -> bool:
+    raise RuntimeError("the driver says no")
+
+
+@pytest.mark.parametrize(
+    "why",
+    [
+        "copies are under way",
+        "much to unmap",
+        "no release",
+        "not on the host",
+        "a pass is under way",
+        "a device that fails",
+        "somebody borrows",
+    ],
+)
 def test_a_pause_that_has_more_to_do_leaves_it_to_the_writer(rig: Rig, monkeypatch, why: str) -> None:
     session = rig.open()
     if why == "copies are under way":
@@ -96,6 +123,11 @@ def test_a_pause_that_has_more_to_do_leaves_it_to_the_writer(rig: Rig, monkeypat
         rig.device.synchronize()
     if why == "much to unmap":
         monkeypatch.setattr(pager_module, "AT_ONCE_BLOCKS", 2)
+    holding = session._holding
+    if why in ("a pass is under way", "a device that fails"):
+        monkeypatch.setattr(holding, "pass_done", Asked(holding.pass_done, broken if "fails" in why else lambda: False))
+    if why == "somebody borrows":
+        monkeypatch.setattr(holding, "pins", 1)
     held = Held(rig, monkeypatch)
     session.pause(release=why != "no release")
     assert session.state is SessionState.PAUSED and session.device_bytes > 0

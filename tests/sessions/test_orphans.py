@@ -33,7 +33,7 @@ def fail_to_go_back(rig: Rig, session: Session, monkeypatch) -> None:
         raise DeviceError("no extents today")
 
     with monkeypatch.context() as patch, pytest.raises(DeviceError):
-        patch.setattr(rig.sessions.pager, "acquire", fail)
+        patch.setattr(rig.sessions.pager, "take_free", fail)
         session.resume(session.checkpoints[0])
 
 

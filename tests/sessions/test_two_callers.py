@@ -12,6 +12,7 @@ import pytest
 from djinn_core.errors import DjinnError
 from djinn_core.sessions import SessionState
 from djinn_core.sessions.snapshot import load_session
+from djinn_core.turn import Way
 from tests.sessions.alone import alone
 from tests.sessions.oracle import prompt
 from tests.sessions.rigs import MakeRig, Rig
@@ -157,7 +158,7 @@ def test_a_slot_that_is_taken_while_larger_ones_are_made_stays_whole(rig: Rig) -
 
         def __exit__(self, *_: object) -> None:
             storing.release()
-            other = threading.Thread(target=lambda: taken.append(staging.take()))
+            other = threading.Thread(target=lambda: taken.append(staging.take(Way())))
             other.start()
             other.join(5)
 
@@ -172,7 +173,7 @@ def test_a_slot_that_is_taken_while_larger_ones_are_made_stays_whole(rig: Rig) -
 def test_a_copy_into_a_slot_waits_for_its_last_reader(rig: Rig) -> None:
     rig.open()
     staging, reading, host = rig.sessions.pager.staging, rig.device.stream(), rig.host.allocate(64, "boundary")
-    gate, slot = threading.Event(), staging.take()
+    gate, slot = threading.Event(), staging.take(Way())
     rig.device.launch(reading, lambda: gate.wait(20))
     staging.read(slot, reading)
     staging.load(slot, host)

@@ -34,6 +34,7 @@ def breakdown(result: ResultFile) -> pd.DataFrame:
     if rows.empty:
         return pd.DataFrame(columns=["part", "peak_bytes", "median_bytes", "max_bytes"])
     moment = [name for name in ("variant", "seed", "time_s") if name in rows.columns]
+    rows = rows.drop_duplicates([*moment, "part"], keep="last")  # two reads within a millisecond are one moment
     used = rows[~rows["part"].isin(UNUSED)].groupby(moment, dropna=False)["value"].sum()
     peak = used.idxmax() if isinstance(used.idxmax(), tuple) else (used.idxmax(),)
     at_peak = rows
