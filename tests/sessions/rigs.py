@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,14 @@ def make_rig(
     host = HostTier(device, host_bytes)
     disk = DiskTier(folder, disk_bytes) if disk_bytes else None
     return Rig(stock, served, device, pool, host, disk, Sessions(device, pool, host, disk, policy))
+
+
+def wait_for(reached: Callable[[], object]) -> None:
+    """Return when it is reached; fails after ten seconds."""
+    give_up_s = time.monotonic() + 10
+    while not reached():
+        assert time.monotonic() < give_up_s
+        time.sleep(0.001)
 
 
 MakeRig = Callable[..., Rig]

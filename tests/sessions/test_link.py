@@ -13,7 +13,7 @@ from djinn_core.errors import DeviceError
 from djinn_core.memory.regions import Region
 from djinn_core.sessions import Session, SessionState, bringin, link
 from tests.sessions.oracle import Oracle, prompt
-from tests.sessions.rigs import LAYERS, MakeRig, Rig
+from tests.sessions.rigs import LAYERS, MakeRig, Rig, wait_for
 
 pytestmark = pytest.mark.timeout(60)  # the watchdog: a bring-in that nobody ends
 
@@ -325,13 +325,6 @@ def test_room_is_not_made_of_those_who_come_back_first(make_rig: MakeRig) -> Non
     sessions[1].pause(expected_resume_s=900.0)
     wait_for(lambda: rig.pool.free_bytes >= SESSION_BYTES)
     assert sessions[1].state is SessionState.SWAPPED
-
-
-def wait_for(reached) -> None:
-    deadline_s = time.monotonic() + 10
-    while not reached():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
 
 
 def test_a_place_that_is_wanted_before_the_last_one_was_reached(slow: Rig) -> None:

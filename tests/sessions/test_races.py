@@ -17,7 +17,7 @@ from djinn_core.sessions.bringin import BringIn
 from djinn_core.sessions.holding import Holding
 from djinn_core.sessions.policy import ExpectedLast
 from tests.sessions.oracle import Oracle, prompt
-from tests.sessions.rigs import MakeRig, Rig
+from tests.sessions.rigs import MakeRig, Rig, wait_for
 
 SESSION_BYTES = 4 * (64 << 10)
 
@@ -435,13 +435,6 @@ def test_memory_stays_under_an_earlier_copy_when_a_later_one_is_done(make_rig: M
     assert first is not second
     session.close()
     assert early and not any(early)
-
-
-def wait_for(reached) -> None:
-    give_up_s = time.monotonic() + 10
-    while not reached():
-        assert time.monotonic() < give_up_s
-        time.sleep(0.001)
 
 
 def test_who_makes_room_looks_again_before_waiting(make_rig: MakeRig, monkeypatch) -> None:

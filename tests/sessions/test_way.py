@@ -15,16 +15,9 @@ from djinn_core.sessions.bringin import BringIn
 from djinn_core.sessions.pager import Pager
 from djinn_core.turn import Way
 from tests.sessions.oracle import Oracle, prompt
-from tests.sessions.rigs import LAYERS, Rig
+from tests.sessions.rigs import LAYERS, Rig, wait_for
 
 pytestmark = pytest.mark.timeout(60)
-
-
-def wait_for(reached) -> None:
-    give_up_s = time.monotonic() + 10
-    while not reached():
-        assert time.monotonic() < give_up_s
-        time.sleep(0.001)
 
 
 def test_a_pass_gives_way_between_its_layers(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

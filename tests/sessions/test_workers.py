@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -15,7 +15,7 @@ from djinn_core.device.cpu import CpuDevice
 from djinn_core.errors import DjinnError, WorkerError
 from djinn_core.sessions import Session, SessionState, link
 from tests.sessions.oracle import Oracle, prompt
-from tests.sessions.rigs import MakeRig, Rig
+from tests.sessions.rigs import MakeRig, Rig, wait_for
 
 SESSION_BYTES = 4 * (64 << 10)
 WRITER, ISSUER, AHEAD = "djinn-writer", "djinn-link", "djinn-ahead"
@@ -148,13 +148,6 @@ def rest_of_the_writer(rig: Rig, monkeypatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(rig.sessions.pager, "_out", queue.SimpleQueue())
         yield
-
-
-def wait_for(reached: Callable[[], object]) -> None:
-    give_up_s = time.monotonic() + 10
-    while not reached():
-        assert time.monotonic() < give_up_s
-        time.sleep(0.001)
 
 
 def wait_settled(session: Session) -> None:
