@@ -1,6 +1,7 @@
 """Sessions on a GPU: the oracle in fp16, a CUDA graph across a swap, and memory that the driver sees go."""
 
 import copy
+import threading
 import time
 
 import pytest
@@ -11,7 +12,7 @@ from djinn_core.device import open_device
 from djinn_core.memory import ExtentPool, HostTier
 from djinn_core.models.boundary import NullProvider, install
 from djinn_core.models.stack import find_stack
-from djinn_core.sessions import Sessions
+from djinn_core.sessions import Sessions, SessionState
 from djinn_core.turn import Turn
 from tests.sessions.oracle import Oracle, prompt
 
@@ -90,6 +91,25 @@ def test_what_a_prefill_writes_behind_itself_waits_for_its_layers(rig) -> None:
     session.pause(release=True)
     session.wait_until("released", 10)
     assert busy and device.copied.d2h_bytes == before
+    assert torch.equal(session.resume(), wanted)
+    session.close()
+
+
+def test_a_pause_that_has_little_to_do_has_done_it_when_it_returns(rig) -> None:
+    """On a thread that has not touched the device before, too."""
+    stock, served, device, sessions = rig
+    ids = prompt(tokens=300).cuda()
+    wanted = Oracle(stock).forward(ids)
+    session = sessions.open(served, max_length=400)
+    session.forward(ids, stop_after=3)  # the host has room at hand from here on
+    session.close()
+    session = sessions.open(served, max_length=400)
+    session.forward(ids, stop_after=3)
+    device.synchronize()
+    caller = threading.Thread(target=session.pause, kwargs={"release": True})
+    caller.start()
+    caller.join()
+    assert session.state is SessionState.SWAPPED and session.device_bytes == 0
     assert torch.equal(session.resume(), wanted)
     session.close()
 
