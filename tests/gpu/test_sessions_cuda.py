@@ -6,13 +6,13 @@ import time
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from djinn_core.device import open_device
 from djinn_core.memory import ExtentPool, HostTier
 from djinn_core.models.boundary import NullProvider, install
 from djinn_core.models.stack import find_stack
-from djinn_core.sessions import Sessions, SessionState
+from djinn_core.sessions import Session, Sessions, SessionState
 from djinn_core.turn import Turn
 from tests.sessions.oracle import Oracle, prompt
 
@@ -75,15 +75,19 @@ def test_resume_equals_the_uninterrupted_run(rig, layer, release) -> None:
     session.close()
 
 
+def open_with_room_at_hand(sessions: Sessions, served: PreTrainedModel, ids: torch.Tensor) -> Session:
+    """A session that can write behind itself: the host has pinned memory that another one gave back."""
+    with sessions.open(served, max_length=400) as before:
+        before.forward(ids, stop_after=3)
+    return sessions.open(served, max_length=400)
+
+
 def test_what_a_prefill_writes_behind_itself_waits_for_its_layers(rig) -> None:
     """All copies are issued long before the first layer has run."""
     stock, served, device, sessions = rig
     ids = prompt(tokens=300).cuda()
     wanted = Oracle(stock).forward(ids)
-    session = sessions.open(served, max_length=400)
-    session.forward(ids, stop_after=3)  # the host has room at hand from here on
-    session.close()
-    session = sessions.open(served, max_length=400)
+    session = open_with_room_at_hand(sessions, served, ids)
     torch.cuda._sleep(400_000_000)
     session.forward(ids, stop_after=3)
     busy = not torch.cuda.current_stream().query()
@@ -100,10 +104,7 @@ def test_a_pause_that_has_little_to_do_has_done_it_when_it_returns(rig) -> None:
     stock, served, device, sessions = rig
     ids = prompt(tokens=300).cuda()
     wanted = Oracle(stock).forward(ids)
-    session = sessions.open(served, max_length=400)
-    session.forward(ids, stop_after=3)  # the host has room at hand from here on
-    session.close()
-    session = sessions.open(served, max_length=400)
+    session = open_with_room_at_hand(sessions, served, ids)
     session.forward(ids, stop_after=3)
     device.synchronize()
     caller = threading.Thread(target=session.pause, kwargs={"release": True})

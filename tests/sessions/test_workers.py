@@ -61,6 +61,14 @@ def begun(rig: Rig, seed: int, stop_after: int | None = None) -> tuple[Session, 
     return session, ids, oracle.forward(ids)
 
 
+def away(rig: Rig, seed: int, stop_after: int | None = None) -> tuple[Session, torch.Tensor, torch.Tensor]:
+    """`begun`, and off the device since."""
+    session, ids, wanted = begun(rig, seed, stop_after)
+    session.pause(release=True)
+    session.wait_until("released", 10)
+    return session, ids, wanted
+
+
 def go_on(session: Session, ids: torch.Tensor) -> torch.Tensor:
     """Whatever it takes to get the logits of the next pass."""
     stopped = session.stopped is not None
@@ -81,9 +89,7 @@ def check_alive(rig: Rig) -> None:
     """Every worker lives, and someone else is served by each."""
     pager = rig.sessions.pager
     assert all(thread.is_alive() for thread in (pager._writer, *pager.link._threads))
-    other, ids, wanted = begun(rig, seed=9)
-    other.pause(release=True)
-    other.wait_until("released", 10)
+    other, ids, wanted = away(rig, seed=9)
     other.prefetch()
     other.wait_until("restored", 10)
     assert torch.equal(go_on(other, ids), wanted)
@@ -174,9 +180,7 @@ def test_at_a_boundary(rig: Rig, monkeypatch, error) -> None:
 @pytest.mark.parametrize("stop_after", [None, 2])
 def test_in_the_thread_that_resumes(rig: Rig, monkeypatch, call, error, stop_after) -> None:
     """It issues the first layer: the pass is told, an interrupt is raised as it is; the session is whole."""
-    session, ids, wanted = begun(rig, 1, stop_after)
-    session.pause(release=True)
-    session.wait_until("released", 10)
+    session, ids, wanted = away(rig, 1, stop_after)
     where, name = call.split(".")
     bomb = Bomb(monkeypatch, owner_of(rig, where), name, threading.current_thread().name, error)
     with pytest.raises(WorkerError if isinstance(error, Exception) else type(error)) as caught:
@@ -193,9 +197,7 @@ def test_in_the_thread_that_resumes(rig: Rig, monkeypatch, call, error, stop_aft
 @pytest.mark.parametrize("call", ["device.copy", "device.map", "device.grant", "device.bind_thread"])
 @pytest.mark.parametrize("stop_after", [None, 2])
 def test_in_the_thread_that_issues(rig: Rig, monkeypatch, call, error, stop_after) -> None:
-    session, ids, wanted = begun(rig, 1, stop_after)
-    session.pause(release=True)
-    session.wait_until("released", 10)
+    session, ids, wanted = away(rig, 1, stop_after)
     where, name = call.split(".")
     bomb = Bomb(monkeypatch, owner_of(rig, where), name, ISSUER, error)
     with pytest.raises(WorkerError) as caught:
@@ -237,9 +239,7 @@ def test_in_the_thread_that_waits(make_rig: MakeRig, monkeypatch, call, error, s
 def test_while_one_is_evicted_for_another(make_rig: MakeRig, monkeypatch, call, error) -> None:
     """The victim stays whole where it was, and the one that needed its room is told."""
     rig = make_rig(device_bytes=2 * SESSION_BYTES + 3 * (64 << 10))
-    session, ids, wanted = begun(rig, 1)
-    session.pause(release=True)
-    session.wait_until("released", 10)
+    session, ids, wanted = away(rig, 1)
     running, running_ids, running_wanted = begun(rig, 2)
     victim, victim_ids, victim_wanted = begun(rig, 3)
     with monkeypatch.context() as patch:
