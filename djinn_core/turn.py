@@ -11,6 +11,7 @@ will wait for. `Way` lets it: the pass under way gives way between two of its la
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -132,11 +133,17 @@ class Way:
                 self._changed.notify_all()
 
     def give(self) -> None:
-        """Return when nobody is within who came less than `PATIENCE_S` ago."""
+        """Return when nobody else is within who came less than `PATIENCE_S` ago, after that long at most.
+
+        The limit is for workers: where many resume one after the other, somebody may always be within.
+        """
+        if not self._since_s:
+            return
+        until_s = time.perf_counter() + PATIENCE_S
         with self._changed:
-            while (left_s := self._left_s()) > 0:
+            while (left_s := min(self._latest_s() + PATIENCE_S, until_s) - time.perf_counter()) > 0:
                 self._changed.wait(left_s)
 
-    def _left_s(self) -> float:
-        now_s = time.perf_counter()
-        return max((since_s + PATIENCE_S - now_s for since_s in self._since_s.values()), default=0.0)
+    def _latest_s(self) -> float:
+        me = threading.get_ident()
+        return max((since_s for thread, since_s in self._since_s.items() if thread != me), default=-math.inf)

@@ -26,6 +26,7 @@ DISK_BYTES_PER_S = 1e9
 
 def look_ahead(pager: Pager) -> None:
     """One look: begin prefetches that are due, and make room when there is too little."""
+    pager.way.give()
     due, wanted_bytes = _due(pager)
     for holding in due:
         wanted_bytes += holding.missing_bytes

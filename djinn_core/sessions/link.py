@@ -145,6 +145,8 @@ class Link:
                     return
                 stage = self._stages[job]
             try:
+                if not job.begins:
+                    self._pager.way.give()
                 self._pager.device.bind_thread()
                 if not job.left:
                     self._end(job, None)

@@ -35,7 +35,6 @@ from djinn_core.sessions.link import Link
 from djinn_core.sessions.policy import Policy
 from djinn_core.sessions.state import SessionState, refusal
 from djinn_core.sessions.writer import Writer
-from djinn_core.turn import Way
 
 AT_ONCE_BLOCKS = 4  # a few tenths of a millisecond to unmap
 HELP_FROM_S = 1.0  # who waits this long for a write-back does it itself; who only looks is not held up
@@ -46,7 +45,6 @@ class Pager(Writer):
 
     Attributes:
         link: bring-ins under way.
-        way: for who resumes, up to where its bring-in has begun.
     """
 
     def __init__(
@@ -59,7 +57,6 @@ class Pager(Writer):
     ) -> None:
         super().__init__(device, pool, host, disk, policy)
         self._closed = False
-        self.way = Way()
         self.link = Link(self)
         self.link.start()
 
@@ -298,7 +295,9 @@ class Pager(Writer):
         if holding.state is SessionState.RESUMING:  # another place is wanted before the last one was reached
             holding.wait_issued(cancel=True, interruptible=True)
         with self.lock:
-            self.lock.wait_for(lambda: not holding.moving)
+            if holding.moving:
+                self.way.leave()
+                self.lock.wait_for(lambda: not holding.moving)
             if holding.state is SessionState.FAILED and holding.failure is not None:
                 raise refusal(holding.id, holding.state, "resume") from holding.failure
             if holding.state not in (SessionState.RUNNING, SessionState.RESUMING):  # that one was interrupted

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from djinn_core.device.base import Device, Event
@@ -29,6 +29,9 @@ from djinn_core.sessions.staging import Staging
 from djinn_core.sessions.state import SessionState
 from djinn_core.sessions.tiers import Tiers
 from djinn_core.sessions.writeback import write_back
+from djinn_core.turn import Way
+
+UNMAP_BYTES = 256 << 20  # of a long session six layers: a third of a millisecond
 
 
 class Room:
@@ -40,6 +43,7 @@ class Room:
         h2d, d2h: the streams of the two directions.
         d2h_behind: the stream of what passes write behind themselves, which waits for their layers.
         h2d_first: the stream of what a resume cannot begin without, beside what `h2d` has in flight.
+        way: for who resumes, up to where its bring-in has begun; passes and workers give it.
         saving: held by the one session that is being saved; it needs all of its state on the host at once.
         events: what happened, oldest first, bounded.
     """
@@ -54,6 +58,7 @@ class Room:
         self.saving = threading.Lock()
         self.ending = False  # everything is being closed: nobody wants anything
         self.holdings: dict[str, Holding] = {}
+        self.way = Way()
         self.tiers = Tiers(self, host, disk)
         self.staging = Staging(device, pool, self.acquire_one)
         self.h2d = device.stream()
@@ -193,9 +198,20 @@ class Room:
                 self.lock.notify_all()
 
     def _take_out(self, holding: Holding, blocks: Sequence[Block]) -> int:
-        """The unmaps themselves. Only copies behind a pass may still read these blocks; `moving` keeps others away."""
+        """The unmaps themselves. Only copies behind a pass may still read these blocks; `moving` keeps others away.
+
+        In pieces, and way is given between them: a call of the driver holds up whoever makes another one.
+        """
         if (behind := holding.behind) is not None:
             behind.settle()
+        freed = 0
+        for piece in _pieces(blocks):
+            if freed:
+                self.way.give()
+            freed += self._take_out_piece(holding, piece)
+        return freed
+
+    def _take_out_piece(self, holding: Holding, blocks: Sequence[Block]) -> int:
         holding.region.unmap([block.offset for block in blocks])
         free: list[Extent] = []
         with self.lock:
@@ -390,3 +406,17 @@ class Room:
             Candidate(h.id, size_bytes, h.seems_clean(), h.last_use_s, h.expected_resume_s)
             for h, size_bytes in zip(able, sizes, strict=True)
         ]
+
+
+def _pieces(blocks: Iterable[Block]) -> Iterator[list[Block]]:
+    """Neighbours together, `UNMAP_BYTES` at most, or one block."""
+    piece: list[Block] = []
+    size_bytes = 0
+    for block in sorted(blocks, key=lambda block: block.offset):
+        if piece and size_bytes + block.size_bytes > UNMAP_BYTES:
+            yield piece
+            piece, size_bytes = [], 0
+        piece.append(block)
+        size_bytes += block.size_bytes
+    if piece:
+        yield piece

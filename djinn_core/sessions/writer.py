@@ -63,6 +63,7 @@ class Writer(Lineages):
 
     def _work_out(self) -> None:
         while (item := self._out.get()) is not None:
+            self.way.give()
             if isinstance(item, Boundary):
                 self._settle_boundary(item)
             else:

@@ -1,4 +1,4 @@
-"""Who resumes goes first: the pass under way waits for it between two layers, for a few milliseconds at most."""
+"""Who resumes goes first: passes and workers wait for it between two steps, for a few milliseconds at most."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from djinn_core import turn as turn_module
-from djinn_core.errors import BreakpointError, DjinnError
+from djinn_core.errors import BreakpointError, DeviceError, DjinnError
+from djinn_core.memory.extents import Extent
+from djinn_core.memory.regions import Region
 from djinn_core.sessions import SessionState
+from djinn_core.sessions import room as room_module
 from djinn_core.sessions.bringin import BringIn
 from djinn_core.sessions.pager import Pager
 from djinn_core.turn import Way
@@ -42,12 +45,19 @@ def test_nobody_is_waited_for_longer_than_that_from_when_he_came(rig: Rig, monke
     session = rig.open()
     session.forward(prompt())
     monkeypatch.setattr(turn_module, "PATIENCE_S", 0.5)
-    with rig.sessions.pager.way:
+    took: list[float] = []
+
+    def run() -> None:
         begun_s = time.perf_counter()
         for _ in range(3):
             session.forward(torch.tensor([[5]]))
-        took_s = time.perf_counter() - begun_s
-    assert 0.4 <= took_s < 1.0
+        took.append(time.perf_counter() - begun_s)
+
+    caller = threading.Thread(target=run)
+    with rig.sessions.pager.way:
+        caller.start()
+        caller.join()
+    assert 0.4 <= took[0] < 1.0
 
 
 def test_who_waits_for_a_slot_is_not_in_the_way(rig: Rig) -> None:
@@ -131,3 +141,146 @@ def test_a_resume_that_fails_is_not_in_the_way(rig: Rig, monkeypatch: pytest.Mon
         with pytest.raises(DjinnError, match="refused"):
             one.resume()
         assert not rig.sessions.pager.way.taken
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is within is waited for, however long that takes."""
+    monkeypatch.setattr(turn_module, "PATIENCE_S", 30.0)
+
+
+def held_up(asks: list[str], who: str) -> None:
+    """Return when that thread has asked for the way and stands; fails after ten seconds."""
+    wait_for(lambda: who in asks)
+    time.sleep(0.05)
+
+
+@pytest.fixture
+def asks(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the threads that found the way taken, in order."""
+    names, way, give = [], rig.sessions.pager.way, Way.give
+
+    def asked(one: Way) -> None:
+        if way.taken:
+            names.append(threading.current_thread().name)
+        give(one)
+
+    monkeypatch.setattr(Way, "give", asked)
+    return names
+
+
+def test_a_write_back_begins_behind_who_resumes(rig: Rig, patient: None, asks: list[str]) -> None:
+    session = rig.open()
+    session.forward(prompt())
+    with rig.sessions.pager.way:
+        session.pause()
+        held_up(asks, "djinn-writer")
+        assert not session._holding.is_clean()
+    session.wait_until("clean", 10)
+
+
+def test_an_eviction_gives_way_between_its_pieces(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, patient: None, asks: list[str]
+) -> None:
+    session, pager = rig.open(), rig.sessions.pager
+    session.forward(prompt())
+    session.pause()
+    session.wait_until("clean", 10)
+    holding = session._holding
+    monkeypatch.setattr(room_module, "UNMAP_BYTES", 2 * max(block.size_bytes for block in holding.mapped.values()))
+    caller = threading.Thread(target=pager.evict, args=(holding,), name="evict")
+    with pager.way:
+        caller.start()
+        held_up(asks, "evict")
+        assert len(holding.mapped) == LAYERS - 2, "a piece is two layers here"
+    caller.join()
+    assert session.state is SessionState.SWAPPED and not holding.mapped
+
+
+def test_an_eviction_that_fails_half_way_keeps_account_of_its_pieces(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, pager = rig.open(), rig.sessions.pager
+    oracle = Oracle(rig.stock)
+    oracle.forward(prompt())
+    logits = session.forward(prompt())
+    session.pause()
+    session.wait_until("clean", 10)
+    holding, unmap, calls = session._holding, Region.unmap, []
+
+    def refuse(region: Region, offsets: list[int]) -> list[Extent]:
+        calls.append(offsets)
+        if len(calls) == 3:
+            raise DeviceError("refused")
+        return unmap(region, offsets)
+
+    monkeypatch.setattr(room_module, "UNMAP_BYTES", 1)
+    with monkeypatch.context() as patch, pytest.raises(DeviceError, match="refused"):
+        patch.setattr(Region, "unmap", refuse)
+        pager.evict(holding)
+    assert len(holding.mapped) == LAYERS - 2 and session.state is SessionState.PAUSED
+    assert rig.kv_bytes == sum(block.size_bytes for block in holding.mapped.values())
+    session.resume()
+    token = logits.argmax(-1, keepdim=True)
+    assert torch.equal(session.forward(token), oracle.forward(token))
+
+
+def test_later_layers_and_the_look_ahead_come_behind_who_resumes(rig: Rig, patient: None, asks: list[str]) -> None:
+    session, pager = rig.open(), rig.sessions.pager
+    session.forward(prompt())
+    session.pause(release=True)
+    session.wait_until("released", 10)
+    with pager.way:
+        pager.resume(session._holding, 0, 0, 0)  # the first layer is issued here, the rest by the link
+        held_up(asks, "djinn-link")
+        held_up(asks, "djinn-ahead")
+        assert session._holding.jobs[0].left == LAYERS - 1
+    session.wait_until("restored", 10)
+
+
+def test_who_is_within_does_not_wait_for_himself(patient: None) -> None:
+    way, begun_s = Way(), time.perf_counter()
+    with way:
+        way.give()
+    assert time.perf_counter() - begun_s < 10
+
+
+def test_a_worker_is_held_up_once_however_many_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody is always within here, and nobody for long: the worker still gets on."""
+    monkeypatch.setattr(turn_module, "PATIENCE_S", 0.2)
+    way, stop = Way(), threading.Event()
+
+    def come_and_go(late_s: float) -> None:
+        time.sleep(late_s)
+        while not stop.is_set():
+            with way:
+                time.sleep(0.02)
+
+    callers = [threading.Thread(target=come_and_go, args=(0.007 * k,)) for k in range(3)]
+    for caller in callers:
+        caller.start()
+    wait_for(lambda: way.taken)
+    begun_s = time.perf_counter()
+    way.give()
+    took_s = time.perf_counter() - begun_s
+    stop.set()
+    for caller in callers:
+        caller.join()
+    assert 0.15 < took_s < 2.0
+
+
+def test_who_waits_for_an_eviction_is_not_in_the_way(rig: Rig) -> None:
+    session, pager = rig.open(), rig.sessions.pager
+    session.forward(prompt())
+    session.pause()
+    session.wait_until("clean", 10)
+    with pager.lock:
+        session._holding.moving = True
+    caller = threading.Thread(target=session.resume)
+    caller.start()
+    wait_for(lambda: session._holding.user.locked() and not pager.way.taken)
+    time.sleep(0.05)
+    assert caller.is_alive() and not pager.way.taken
+    with pager.lock:
+        session._holding.moving = False
+        pager.lock.notify_all()
+    caller.join()
+    assert session.state is SessionState.RUNNING

@@ -183,14 +183,20 @@ def check_tokens(
     exp.result.check(name, not wrong)
 
 
+def record_times(exp: harness.Experiment, times: TurnTimes, dims: dict[str, Any]) -> None:
+    """The samples of one turn."""
+    for metric, value in vars(times).items():
+        if value is not None:
+            exp.result.sample(metric, value, "ms", **dims)
+
+
 def take_rounds(
     exp: harness.Experiment, workload: Workload, tenants: list[Any], seed: int, callers: int, dims: dict[str, Any]
 ) -> None:
     """All rounds of turns, in the seed's order."""
 
     def done(tenant: Tenant, times: TurnTimes) -> None:
-        exp.result.sample("ready_ms", times.ready_ms, "ms", **dims)
-        exp.result.sample("next_token_ms", times.next_token_ms, "ms", **dims)
+        record_times(exp, times, dims)
 
     cpu_s, core = 0.0, exp.config["callers_core"]
     for round_index in range(workload.rounds):

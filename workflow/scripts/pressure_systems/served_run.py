@@ -229,7 +229,7 @@ def uncontended(exp: harness.Experiment, bench: Bench, runtime: djinn.Runtime, w
                 runtime.evict(tenant.session)
                 bench.device.synchronize()
                 times = tenant.turn()
-                exp.result.sample("ready_ms", times.ready_ms, "ms", method="djinn_uncontended", warmup=repeat == 0)
+                pressure.record_times(exp, times, {"method": "djinn_uncontended", "warmup": repeat == 0})
 
     on_one_core(1, exp.config["callers_core"], call)
     tenant.close()
@@ -282,8 +282,7 @@ def think(
                 with condition:
                     busy -= 1
                     exp.result.sample("found_resident", float(tenant.found_resident), "share", **dims)
-                    exp.result.sample("ready_ms", times.ready_ms, "ms", **dims)
-                    exp.result.sample("next_token_ms", times.next_token_ms, "ms", **dims)
+                    pressure.record_times(exp, times, dims)
                     if not last:
                         heapq.heappush(due, (time.monotonic() + pause_s, turn + 1, number))
                     condition.notify_all()

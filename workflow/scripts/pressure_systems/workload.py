@@ -66,10 +66,14 @@ class Workload:
 
 @dataclass
 class TurnTimes:
-    """One turn, from the call of resume: when layer L+1 could start, and when the next logits were there."""
+    """One turn, from the call of resume: when layer L+1 could start, and when the next logits were there.
+
+    `begun_ms`: when the caller's thread had issued what layer L+1 waits for; None where nobody knows.
+    """
 
     ready_ms: float
     next_token_ms: float
+    begun_ms: float | None = None
 
 
 class Tenant(ABC):
