@@ -132,18 +132,23 @@ class Way:
             if self._since_s.pop(threading.get_ident(), None) is not None:
                 self._changed.notify_all()
 
-    def give(self) -> None:
-        """Return when nobody else is within who came less than `PATIENCE_S` ago, after that long at most.
+    @staticmethod
+    def until_s() -> float:
+        """Until when who begins to work now gives way, on the clock of `time.perf_counter`."""
+        return time.perf_counter() + PATIENCE_S
 
-        The limit is for workers: where many resume one after the other, somebody may always be within.
+    def give(self, until_s: float | None = None) -> None:
+        """Return when nobody is within who came less than `PATIENCE_S` ago, after that long, or at `until_s`, at most.
+
+        The limit is for workers: where many resume one after the other, somebody may always be within. Who is within
+        himself goes on at once.
         """
-        if not self._since_s:
+        if not self._since_s or threading.get_ident() in self._since_s:
             return
-        until_s = time.perf_counter() + PATIENCE_S
+        until_s = self.until_s() if until_s is None else until_s
         with self._changed:
             while (left_s := min(self._latest_s() + PATIENCE_S, until_s) - time.perf_counter()) > 0:
                 self._changed.wait(left_s)
 
     def _latest_s(self) -> float:
-        me = threading.get_ident()
-        return max((since_s for thread, since_s in self._since_s.items() if thread != me), default=-math.inf)
+        return max(self._since_s.values(), default=-math.inf)

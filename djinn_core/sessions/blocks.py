@@ -80,7 +80,11 @@ class Layout:
 
     def count(self, tokens: int) -> int:
         """How many blocks hold `tokens` tokens of a layer."""
-        return math.ceil(tokens * self.token_bytes / self.block_bytes)
+        return -(-tokens * self.token_bytes // self.block_bytes)
+
+    def tail(self, tokens: int) -> int:
+        """The first block that appending to a layer of `tokens` tokens writes into; it may not be there yet."""
+        return tokens * self.token_bytes // self.block_bytes
 
     def end_bytes(self, index: int, tokens: int) -> int:
         """How much of block `index` is filled when the layer holds `tokens` tokens."""

@@ -82,7 +82,9 @@ class Lineages(Room):
 
     def _adopt(self, holding: Holding, checkpoint: Checkpoint) -> None:
         with self.lock:
-            self.lock.wait_for(lambda: not holding.moving)
+            if holding.moving:
+                self.way.leave()
+                self.lock.wait_for(lambda: not holding.moving)
             keep = {
                 block
                 for row, n in zip(checkpoint.table.blocks, checkpoint.table.lengths, strict=True)
@@ -90,6 +92,7 @@ class Lineages(Room):
             }
             leaving = [block for block in holding.mapped.values() if block not in keep]
         if leaving:
+            self.way.leave()
             self.displace(holding, leaving)
         with self.lock:
             holding.orphans += holding.table.assign(checkpoint.table.lengths, checkpoint.table.blocks)

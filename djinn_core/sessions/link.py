@@ -138,15 +138,13 @@ class Link:
 
     def _issue(self) -> None:
         while True:
-            with self._changed:
-                while (job := self._to_issue()) is None and not self._closed:
-                    self._changed.wait()
-                if job is None:
-                    return
-                stage = self._stages[job]
+            job, stage = self._wait_for_one()
+            if job is not None and job.left and not job.begins and self._pager.way.taken:
+                self._pager.way.give()
+                job, stage = self._wait_for_one()  # who came is more urgent
+            if job is None:
+                return
             try:
-                if not job.begins:
-                    self._pager.way.give()
                 self._pager.device.bind_thread()
                 if not job.left:
                     self._end(job, None)
@@ -158,6 +156,13 @@ class Link:
                     self._wait_for_oldest()
             except BaseException as error:  # noqa: BLE001 - the thread's edge: whoever waits for the job is told
                 self._end(job, error)  # and `ended` puts the session where it can try again
+
+    def _wait_for_one(self) -> tuple[BringIn | None, Stage | None]:
+        """Whose turn it is on the link, and how far that one has come; None when the link is closed."""
+        with self._changed:
+            while (job := self._to_issue()) is None and not self._closed:
+                self._changed.wait()
+            return job, self._stages.get(job)
 
     def _step(self, job: BringIn) -> None:
         event, size_bytes = job.step()

@@ -272,19 +272,19 @@ class Pager(Writer):
             return False
         if behind is not None:
             behind.settle()
-        begun_s = time.perf_counter()
+        begun_s, parted = time.perf_counter(), []
         with self.leaving(holding):
             with self.lock:
                 busy = holding.moving or holding.draining or holding.pins
                 if busy or holding.state is not SessionState.PAUSED or not holding.is_clean():
                     return False
                 holding.moving = True
-            freed = self._leave(holding)
+            self._leave(holding, parted)
             with self.lock:
                 holding.unstarted, holding.queued = False, holding.drains > 0
                 self.lock.notify_all()
-        if freed:
-            self.log(holding, "evict", freed, time.perf_counter() - begun_s)
+        if any(parted):
+            self.log(holding, "evict", sum(parted), time.perf_counter() - begun_s)
         return True
 
     def resume(self, holding: Holding, first: int, last: int, new: int) -> BringIn | None:

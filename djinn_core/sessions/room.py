@@ -120,7 +120,7 @@ class Room:
                         holding.wait_issued()
                     blocks = list(holding.mapped.values())
                     write_back(self, holding, blocks, part=lambda some: parted.append(self._part(holding, some)))
-                parted.append(self._leave(holding))
+                self._leave(holding, parted)
                 return True
         finally:
             if any(parted):
@@ -153,10 +153,19 @@ class Room:
                 holding.moving = False
                 self.lock.notify_all()
 
-    def _leave(self, holding: Holding) -> int:
-        """Unmap a clean session that is `moving`: it is SWAPPED; returns the bytes freed."""
+    def _leave(self, holding: Holding, parted: list[int]) -> None:
+        """Unmap a clean session that is `moving`: it is SWAPPED. The bytes freed are appended to `parted`.
+
+        In pieces, and way is given between them: a call of the driver holds up whoever makes another one. The host has
+        all of it, so that it is whole wherever this ends.
+        """
+        until_s = self.way.until_s()
         try:
-            freed = self._unmap(holding, list(holding.mapped.values()))
+            self._settle_device(holding)
+            for number, piece in enumerate(_pieces(holding.mapped.values())):
+                if number:
+                    self.way.give(until_s)
+                parted.append(self._take_out(holding, piece))
         except BaseException:
             with self.lock:
                 holding.moving = False
@@ -167,7 +176,6 @@ class Room:
             holding.jobs.clear()
             holding.go(SessionState.SWAPPED, "leave the device")
             self.lock.notify_all()
-        return freed
 
     def _unmap_alone(self, holding: Holding, blocks: Sequence[Block]) -> None:
         """Unmap those of `blocks` that are mapped here, when nobody else moves, writes back or borrows any."""
@@ -198,20 +206,12 @@ class Room:
                 self.lock.notify_all()
 
     def _take_out(self, holding: Holding, blocks: Sequence[Block]) -> int:
-        """The unmaps themselves. Only copies behind a pass may still read these blocks; `moving` keeps others away.
+        """The unmaps themselves, all or none. Only copies behind a pass may still read these blocks.
 
-        In pieces, and way is given between them: a call of the driver holds up whoever makes another one.
+        `moving` keeps others away. Returns the bytes freed.
         """
         if (behind := holding.behind) is not None:
             behind.settle()
-        freed = 0
-        for piece in _pieces(blocks):
-            if freed:
-                self.way.give()
-            freed += self._take_out_piece(holding, piece)
-        return freed
-
-    def _take_out_piece(self, holding: Holding, blocks: Sequence[Block]) -> int:
         holding.region.unmap([block.offset for block in blocks])
         free: list[Extent] = []
         with self.lock:
@@ -379,12 +379,13 @@ class Room:
 
     def _try_evict(self, holding: Holding) -> bool:
         self.log(holding, "chosen", holding.own_device_bytes)
+        mapped = len(holding.mapped)
         try:
             return self.evict(holding, wait=False)
         except DjinnError as error:  # it stays whole where it is; another one may leave instead
             holding.trouble = error
             self.log(holding, f"stays ({error})")
-            return False
+            return len(holding.mapped) < mapped
 
     def _candidates(self, keep: Holding | None, limit_s: float | None, tried: set[str]) -> list[Candidate]:
         """Who could leave. Whether each is clean may take a walk, outside of the lock; `evict` looks again."""

@@ -14,7 +14,7 @@ from djinn_core.sessions.blocks import Block
 from djinn_core.sessions.holding import Holding
 
 
-@dataclass
+@dataclass(slots=True)
 class Want:
     """One block to map. `source` is the shared block that it is a copy of, if any."""
 
@@ -38,13 +38,13 @@ class Wants:
 
     def of(self, layer: int) -> list[Want]:
         """What is missing of one layer."""
-        holding, layout = self._holding, self._holding.layout
-        row, length, reach = holding.table.blocks[layer], holding.table.lengths[layer], self._reach[layer]
+        holding, layout, row = self._holding, self._holding.layout, self._holding.table.blocks[layer]
+        tail = self._tail(layer)
         wants = []
-        for index in range(layout.count(reach)):
+        for index in range(layout.count(self._reach[layer])):
             if index >= len(row):
                 wants.append(Want(Block(layout, layer, index)))
-            elif reach > length and self._is_tail(index, length) and self._others_past(row[index]):
+            elif index >= tail and self._others_past(row[index]):
                 wants.append(Want(Block(layout, layer, index), source=row[index]))
             elif holding.mapped.get(row[index].offset) is not row[index]:
                 wants.append(Want(row[index]))
@@ -54,10 +54,9 @@ class Wants:
         """Every block is there, or on its way, and none has to be copied before it is appended to."""
         table, layout = self._holding.table, self._holding.layout
         for layer in self._order:
-            row, length, count = table.blocks[layer], table.lengths[layer], layout.count(self._reach[layer])
-            tails = [block for index, block in enumerate(row[:count]) if self._is_tail(index, length)]
-            brought = layout.count(length)  # what a pass that failed had appended stays in the row, and is not
-            if count > brought or (self._reach[layer] > length and any(map(self._others_past, tails))):
+            count = layout.count(self._reach[layer])
+            brought = layout.count(table.lengths[layer])  # what a pass that failed had appended stays in the row
+            if count > brought or any(map(self._others_past, table.blocks[layer][self._tail(layer) : count])):
                 return False
         return True
 
@@ -65,12 +64,10 @@ class Wants:
         """From here on this session is the one that appends to its own tails."""
         table = self._holding.table
         for layer in self._order:
-            length = table.lengths[layer]
-            if self._reach[layer] <= length:
-                continue
-            table.claimed = max(table.claimed, self._reach[layer])
-            for index, block in enumerate(table.blocks[layer]):
-                if self._is_tail(index, length) and not self._others_past(block):
+            if self._reach[layer] > table.lengths[layer]:
+                table.claimed = max(table.claimed, self._reach[layer])
+            for block in table.blocks[layer][self._tail(layer) :]:
+                if not self._others_past(block):
                     block.forget_past(table.end_bytes(block))
                     for other in block.holders:
                         if other is not table:
@@ -88,12 +85,19 @@ class Wants:
         """Its source is mapped here, and has to go before it is copied."""
         return want.source is not None and self._holding.mapped.get(want.source.offset) is want.source
 
-    def _is_tail(self, index: int, length: int) -> bool:
-        """Appending to a layer of `length` tokens writes into this block."""
-        layout = self._holding.layout
-        return layout.end_bytes(index, length) < layout.size_of(index)
+    def _tail(self, layer: int) -> int:
+        """The first block that the pass writes into; one behind the row's last if it appends nothing."""
+        table, reach = self._holding.table, self._reach[layer]
+        length = table.lengths[layer]
+        return table.layout.tail(length) if reach > length else len(table.blocks[layer])
 
     def _others_past(self, block: Block) -> bool:
         """Someone else has, or is about to have, more in this block than this session: it must not be written."""
-        mine = self._holding.table.end_bytes(block)
-        return any(t.reach_bytes(block) > mine for t in block.holders if t is not self._holding.table)
+        mine, layer = self._holding.table, block.layer
+        length = mine.lengths[layer]
+        return any(
+            (other.claimed > length or other.lengths[layer] > length)  # else it needs no arithmetic
+            and other.reach_bytes(block) > mine.end_bytes(block)
+            for other in block.holders
+            if other is not mine
+        )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from djinn_core.errors import BreakpointError, DeviceError, DjinnError
 from djinn_core.memory.extents import Extent
 from djinn_core.memory.regions import Region
 from djinn_core.sessions import SessionState
+from djinn_core.sessions import bringin as bringin_module
 from djinn_core.sessions import room as room_module
 from djinn_core.sessions.bringin import BringIn
 from djinn_core.sessions.pager import Pager
@@ -160,10 +163,10 @@ def asks(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the threads that found the way taken, in order."""
     names, way, give = [], rig.sessions.pager.way, Way.give
 
-    def asked(one: Way) -> None:
+    def asked(one: Way, *until_s: float) -> None:
         if way.taken:
             names.append(threading.current_thread().name)
-        give(one)
+        give(one, *until_s)
 
     monkeypatch.setattr(Way, "give", asked)
     return names
@@ -205,6 +208,7 @@ def test_an_eviction_that_fails_half_way_keeps_account_of_its_pieces(rig: Rig, m
     session.pause()
     session.wait_until("clean", 10)
     holding, unmap, calls = session._holding, Region.unmap, []
+    before_bytes = rig.kv_bytes
 
     def refuse(region: Region, offsets: list[int]) -> list[Extent]:
         calls.append(offsets)
@@ -218,9 +222,66 @@ def test_an_eviction_that_fails_half_way_keeps_account_of_its_pieces(rig: Rig, m
         pager.evict(holding)
     assert len(holding.mapped) == LAYERS - 2 and session.state is SessionState.PAUSED
     assert rig.kv_bytes == sum(block.size_bytes for block in holding.mapped.values())
+    assert before_bytes - rig.kv_bytes == sum(event.bytes for event in pager.events if event.event == "evict")
     session.resume()
     token = logits.argmax(-1, keepdim=True)
     assert torch.equal(session.forward(token), oracle.forward(token))
+
+
+@pytest.mark.parametrize("ending", ["go back", "close"])
+def test_what_the_host_does_not_have_is_unmapped_all_or_none(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    """In pieces, one that fails would have lost those before it."""
+    session, unmap, calls = rig.open(), Region.unmap, []
+    before = session.forward(prompt(), stop_after=1)
+    session.resume()
+    session.wait_until("restored", 10)
+    monkeypatch.setattr(room_module, "UNMAP_BYTES", 1)
+    monkeypatch.setattr(
+        Region, "unmap", lambda region, offsets: (calls.append(len(offsets)), unmap(region, offsets))[1]
+    )
+    if ending == "close":
+        session.close()
+    else:
+        session.resume(before)
+    assert calls[0] >= LAYERS - 1
+
+
+def test_an_eviction_gives_way_for_so_long_in_all(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, pager = rig.open(), rig.sessions.pager
+    session.forward(prompt())
+    session.pause()
+    session.wait_until("clean", 10)
+    monkeypatch.setattr(room_module, "UNMAP_BYTES", 1)
+    monkeypatch.setattr(turn_module, "PATIENCE_S", 0.4)
+    with somebody_always_within(pager.way):
+        begun_s = time.perf_counter()
+        pager.evict(session._holding)
+        took_s = time.perf_counter() - begun_s
+    assert 0.3 < took_s < 0.4 * (LAYERS - 1)
+
+
+def test_the_link_looks_again_for_the_most_urgent_when_it_has_given_way(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, patient: None, asks: list[str]
+) -> None:
+    monkeypatch.setattr(bringin_module, "STEP_BYTES", 1)
+    early, late = rig.open(), rig.open()
+    for session in (early, late):
+        session.forward(prompt())
+        session.pause(release=True)
+        session.wait_until("released", 10)
+    steps, step = [], BringIn.step
+    monkeypatch.setattr(BringIn, "step", lambda job: (steps.append(job.holding), step(job))[1])
+    caller = threading.Thread(target=late.resume)
+    with rig.sessions.pager.way:
+        early.prefetch()
+        held_up(asks, "djinn-link")
+        caller.start()
+        caller.join()
+    for session in (early, late):
+        session.wait_until("restored", 10)
+    assert steps == [late._holding] * LAYERS + [early._holding] * LAYERS
 
 
 def test_later_layers_and_the_look_ahead_come_behind_who_resumes(rig: Rig, patient: None, asks: list[str]) -> None:
@@ -236,17 +297,27 @@ def test_later_layers_and_the_look_ahead_come_behind_who_resumes(rig: Rig, patie
     session.wait_until("restored", 10)
 
 
-def test_who_is_within_does_not_wait_for_himself(patient: None) -> None:
-    way, begun_s = Way(), time.perf_counter()
-    with way:
-        way.give()
+def test_who_is_within_waits_for_nobody(patient: None) -> None:
+    way, begun_s, both = Way(), time.perf_counter(), threading.Barrier(2)
+
+    def come() -> None:
+        with way:
+            both.wait()
+            way.give()
+            both.wait()
+
+    callers = [threading.Thread(target=come) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
     assert time.perf_counter() - begun_s < 10
 
 
-def test_a_worker_is_held_up_once_however_many_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Somebody is always within here, and nobody for long: the worker still gets on."""
-    monkeypatch.setattr(turn_module, "PATIENCE_S", 0.2)
-    way, stop = Way(), threading.Event()
+@contextmanager
+def somebody_always_within(way: Way) -> Iterator[None]:
+    """Three threads come and go, and nobody stays long."""
+    stop = threading.Event()
 
     def come_and_go(late_s: float) -> None:
         time.sleep(late_s)
@@ -257,24 +328,35 @@ def test_a_worker_is_held_up_once_however_many_come(monkeypatch: pytest.MonkeyPa
     callers = [threading.Thread(target=come_and_go, args=(0.007 * k,)) for k in range(3)]
     for caller in callers:
         caller.start()
-    wait_for(lambda: way.taken)
-    begun_s = time.perf_counter()
-    way.give()
-    took_s = time.perf_counter() - begun_s
-    stop.set()
-    for caller in callers:
-        caller.join()
+    try:
+        wait_for(lambda: way.taken)
+        yield
+    finally:
+        stop.set()
+        for caller in callers:
+            caller.join()
+
+
+def test_a_worker_is_held_up_once_however_many_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turn_module, "PATIENCE_S", 0.2)
+    way = Way()
+    with somebody_always_within(way):
+        begun_s = time.perf_counter()
+        way.give()
+        took_s = time.perf_counter() - begun_s
     assert 0.15 < took_s < 2.0
 
 
-def test_who_waits_for_an_eviction_is_not_in_the_way(rig: Rig) -> None:
+@pytest.mark.parametrize("back", [False, True])
+def test_who_waits_for_an_eviction_is_not_in_the_way(rig: Rig, back: bool) -> None:
     session, pager = rig.open(), rig.sessions.pager
     session.forward(prompt())
+    place = session.checkpoint() if back else None
     session.pause()
     session.wait_until("clean", 10)
     with pager.lock:
         session._holding.moving = True
-    caller = threading.Thread(target=session.resume)
+    caller = threading.Thread(target=session.resume, args=(place,))
     caller.start()
     wait_for(lambda: session._holding.user.locked() and not pager.way.taken)
     time.sleep(0.05)

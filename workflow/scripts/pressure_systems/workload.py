@@ -68,7 +68,8 @@ class Workload:
 class TurnTimes:
     """One turn, from the call of resume: when layer L+1 could start, and when the next logits were there.
 
-    `begun_ms`: when the caller's thread had issued what layer L+1 waits for; None where nobody knows.
+    `begun_ms`: when the caller's thread went on to the pass, with all issued that layer L+1 waits for, unless others
+    had to make room first; None where nobody knows.
     """
 
     ready_ms: float
