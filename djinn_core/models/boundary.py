@@ -48,10 +48,13 @@ class PassControl(Protocol):
     `enter` returns, at layer L, or after the last layer when L is the number of layers. `enter` is called once in
     every pass, also when `first_layer` is 0 (then it is given the embeddings, and usually returns them). At layer
     `stop_before`, if any, `stop` is given what that layer would receive, a user's hooks included, and ends the pass.
+    `begin` is called when the pass has its turn, and has issued nothing yet.
     """
 
     first_layer: int
     stop_before: int | None
+
+    def begin(self) -> None: ...
 
     def enter(self, hidden: torch.Tensor) -> torch.Tensor: ...
 
@@ -162,6 +165,8 @@ class Boundary:
             token = None if control is None else RUNNING.set(None)
             self._runner, self._control = threading.get_ident(), control
             try:
+                if control is not None:
+                    control.begin()
                 self.provider.begin_pass(first_layer)
                 try:
                     with Interruptible():

@@ -59,6 +59,9 @@ class Control:
         self._keep = keep
         self._behind = behind
 
+    def begin(self) -> None:
+        self._way.give()  # whoever had the turn before is often about to resume another session
+
     def enter(self, hidden: torch.Tensor) -> torch.Tensor:
         if self._enter is None:
             return hidden

@@ -53,6 +53,9 @@ class Control:
         self.stop_before = None if stop_after is None else stop_after + 1
         self.kept = {}
 
+    def begin(self):
+        assert not self.kept
+
     def enter(self, hidden):
         return hidden if self.hidden is None else self.hidden
 

@@ -26,17 +26,37 @@ from tests.sessions.rigs import LAYERS, Rig, wait_for
 pytestmark = pytest.mark.timeout(60)
 
 
-def test_a_pass_gives_way_between_its_layers(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_a_pass_gives_way_before_it_begins_and_between_its_layers(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
     monkeypatch.setattr(turn_module, "PATIENCE_S", 30.0)
-    way, out, asked, give = rig.sessions.pager.way, [], threading.Event(), Way.give
+    way, out, asked, give, begun = rig.sessions.pager.way, [], threading.Event(), Way.give, []
     monkeypatch.setattr(Way, "give", lambda way: (asked.set(), give(way)))
+    arrived, standing = threading.Event(), threading.Event()
     session = rig.open()
     before = sum(rig.executed)
+
+    def embedded(*_: object) -> None:
+        begun.append(True)
+        if late:
+            asked.clear()
+            standing.set()
+            arrived.wait(10)
+
+    rig.served.get_input_embeddings().register_forward_hook(embedded)
     caller = threading.Thread(target=lambda: out.append(session.forward(prompt())))
-    with way:
+    if late:
         caller.start()
+        assert standing.wait(10)
+    with way:
+        if late:
+            arrived.set()
+        else:
+            caller.start()
         assert asked.wait(10)
         time.sleep(0.05)
+        assert bool(begun) is late, "a kernel was issued while someone was arriving"
         assert sum(rig.executed) == before, "a layer ran while someone was arriving"
     caller.join()
     assert sum(rig.executed) == before + LAYERS
