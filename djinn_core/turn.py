@@ -6,7 +6,7 @@ The holder may take the turn again (a session holds it around a pass that takes 
 outermost hold ends.
 
 Who resumes a session has a little to issue before it asks for its turn, and what it issues first is the copies that it
-will wait for. `Way` lets it: the pass under way gives way between two of its layers.
+will wait for. `Way` lets it: passes and workers give way between two of their steps.
 """
 
 from __future__ import annotations
@@ -103,9 +103,9 @@ class Turn:
 
 
 class Way:
-    """Who is within goes first; who holds the turn asks between layers whether somebody is, and waits for him.
+    """Who is within goes first; passes ask between layers whether somebody is, and workers between steps, and wait.
 
-    Both issue from Python, which runs one thread at a time: without it, what takes a millisecond alone takes the rest
+    All issue from Python, which runs one thread at a time: without it, what takes a millisecond alone takes the rest
     of a time slice for each time that the interpreter, or the core, goes to the other one. Nobody is waited for longer
     than `PATIENCE_S` from when he came, and who has to wait himself had better `leave`.
     """

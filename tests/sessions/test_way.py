@@ -336,25 +336,24 @@ def test_who_is_within_waits_for_nobody(patient: None) -> None:
 
 @contextmanager
 def somebody_always_within(way: Way) -> Iterator[None]:
-    """Three threads come and go, and nobody stays long."""
-    stop = threading.Event()
+    """As if one came after the other, without a gap: each time that he enters, a thread has just come."""
+    stop, within = threading.Event(), threading.Event()
 
-    def come_and_go(late_s: float) -> None:
-        time.sleep(late_s)
+    def come_again() -> None:
         while not stop.is_set():
-            with way:
-                time.sleep(0.02)
+            way.__enter__()
+            within.set()
+            time.sleep(0.02)
+        way.leave()
 
-    callers = [threading.Thread(target=come_and_go, args=(0.007 * k,)) for k in range(3)]
-    for caller in callers:
-        caller.start()
+    caller = threading.Thread(target=come_again)
+    caller.start()
     try:
-        wait_for(lambda: way.taken)
+        assert within.wait(10)
         yield
     finally:
         stop.set()
-        for caller in callers:
-            caller.join()
+        caller.join()
 
 
 def test_a_worker_is_held_up_once_however_many_come(monkeypatch: pytest.MonkeyPatch) -> None:
