@@ -82,9 +82,7 @@ class Lineages(Room):
 
     def _adopt(self, holding: Holding, checkpoint: Checkpoint) -> None:
         with self.lock:
-            if holding.moving:
-                self.way.leave()
-                self.lock.wait_for(lambda: not holding.moving)
+            self.wait_unmoved(holding)
             keep = {
                 block
                 for row, n in zip(checkpoint.table.blocks, checkpoint.table.lengths, strict=True)

@@ -295,9 +295,7 @@ class Pager(Writer):
         if holding.state is SessionState.RESUMING:  # another place is wanted before the last one was reached
             holding.wait_issued(cancel=True, interruptible=True)
         with self.lock:
-            if holding.moving:
-                self.way.leave()
-                self.lock.wait_for(lambda: not holding.moving)
+            self.wait_unmoved(holding)
             if holding.state is SessionState.FAILED and holding.failure is not None:
                 raise refusal(holding.id, holding.state, "resume") from holding.failure
             if holding.state not in (SessionState.RUNNING, SessionState.RESUMING):  # that one was interrupted

@@ -126,6 +126,12 @@ class Room:
             if any(parted):
                 self.log(holding, "evict", sum(parted), time.perf_counter() - begun_s)
 
+    def wait_unmoved(self, holding: Holding) -> None:
+        """Return when nobody moves its memory; who has to wait is out of the way. The lock is held."""
+        if holding.moving:
+            self.way.leave()
+            self.lock.wait_for(lambda: not holding.moving)
+
     @contextmanager
     def leaving(self, holding: Holding) -> Iterator[None]:
         """Meanwhile the host copies of what it has mapped are not given up: they are about to be the only ones."""
