@@ -111,7 +111,8 @@ class Region:
             raise UsageError(
                 f"{tuple(shape)} {dtype} at byte {offset_bytes} does not fit a region of {self.size_bytes}"
             )
-        return self.tensor[offset_bytes:end].view(dtype).view(tuple(shape))
+        with torch.inference_mode(False):  # a caller's mode must not decide who may write to it later
+            return self.tensor[offset_bytes:end].view(dtype).view(tuple(shape))
 
     def close(self) -> None:
         """Give the addresses back; tensors over them die. Refused while something is mapped; twice is once."""
