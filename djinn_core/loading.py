@@ -19,6 +19,7 @@ from djinn_core.interrupts import act
 from djinn_core.memory import HostTier, Kind
 from djinn_core.models import boundary
 from djinn_core.models.boundary import Boundary
+from djinn_core.models.graphs import LayerGraphs
 from djinn_core.models.source import WeightSource
 from djinn_core.models.stack import Stack, bind, build_meta_model, find_stack
 from djinn_core.weights.coded import CodedStore, CodedStreamer, scratch_bytes
@@ -73,6 +74,11 @@ class LoadedModel:
         return tuple(self.boundary.executed)
 
     @property
+    def graphs(self) -> LayerGraphs | None:
+        """What sessions' one-token passes are issued from: how many layers are `recorded`, and why others `refused`."""
+        return self.boundary.graphs
+
+    @property
     def last_pass(self) -> PassCount:
         """What the last finished pass moved."""
         return self.provider.last_pass
@@ -85,6 +91,8 @@ class LoadedModel:
         try:
             self.provider.close()
         finally:
+            if self.graphs is not None:
+                self.graphs.close()
             _to_meta(self._model)
             self._release.close()
 
@@ -100,6 +108,7 @@ def load_model(
     chunk_bytes: int | None,
     keep_free_bytes: int,
     codec: Codec | None,
+    graphs: bool,
     progress: Progress | None,
 ) -> PreTrainedModel:
     """Load `source` into the runtime's free memory; `model.djinn` is the LoadedModel. What streams is coded by `codec`.
@@ -169,6 +178,8 @@ def load_model(
             streamer = Streamer(device, plan, blocks, slot_memory, rebinding)
         act()
         wrapped = boundary.install(model, stack, streamer, runtime.turn)
+        if graphs:
+            wrapped.graphs = LayerGraphs(device, stack.layers, plan.resident)
         model.djinn = LoadedModel(
             name=name,
             runtime=runtime,

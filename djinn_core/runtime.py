@@ -189,6 +189,7 @@ class Runtime:
         chunk_bytes: int | None = None,
         keep_free_bytes: int = 0,
         coding: Literal["ans"] | None = None,
+        graphs: bool = False,
         seed: int = 0,
         prove: bool = True,
         progress: Callable[[int, int], None] | None = None,
@@ -209,6 +210,8 @@ class Runtime:
             coding: ``"ans"`` keeps what streams losslessly coded on the host and decodes it on the device, so that
                 fewer bytes cross the link; for bfloat16 and float16, and float32 on the emulated device. It takes two
                 more buffers on the device, each larger than a layer, and on a GPU the package nvidia-nvcomp-cu13.
+            graphs: issue the resident layers of sessions' one-token passes from recorded graphs, which takes Python
+                less time; the logits are the same. `model.djinn.graphs` tells. Not yet measured on a GPU.
             seed: of random weights.
             prove: run the model's two-layer twin against the stock model first, bit for bit.
             progress: called with (bytes done, bytes in all) as weights are read.
@@ -239,6 +242,7 @@ class Runtime:
                 chunk_bytes=chunk_bytes,
                 keep_free_bytes=keep_free_bytes,
                 codec=codec,
+                graphs=graphs,
                 progress=progress,
             )
             self._models[name] = model

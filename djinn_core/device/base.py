@@ -46,6 +46,21 @@ class Stream(Protocol):
     def query(self) -> bool: ...
 
 
+class Graph(Protocol):
+    """Torch operations that are recorded once, and issued in one call as often as wanted, on the same addresses."""
+
+    def begin(self) -> None:
+        """From now on the calling thread's operations are recorded, and not done."""
+
+    def end(self) -> None: ...
+
+    def abandon(self) -> None:
+        """Instead of `end`, where recording failed."""
+
+    def replay(self) -> None:
+        """Do what was recorded, in the order of the calling thread's stream."""
+
+
 class HostBytes(Protocol):
     """A piece of pinned host memory, as `HostTier` hands it out."""
 
@@ -205,6 +220,10 @@ class Device(ABC):
     @abstractmethod
     def launch(self, stream: Stream, work: Callable[[], None]) -> None:
         """Run `work`, a function of torch operations, in the order of `stream`."""
+
+    @abstractmethod
+    def graphs(self) -> Callable[[], Graph]:
+        """Makes empty graphs that share memory: they are recorded and replayed one after the other, in stream order."""
 
     @abstractmethod
     def synchronize(self) -> None:

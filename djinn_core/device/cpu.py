@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import torch
 
 from djinn_core.device import libc
-from djinn_core.device.base import Device, Event, Stream, maps_within
+from djinn_core.device.base import Device, Event, Graph, Stream, maps_within
 from djinn_core.device.faults import FaultPlan
+from djinn_core.device.hostgraph import HostGraph
 from djinn_core.device.hoststreams import CallerStream, HostEvent, WorkerStream
 from djinn_core.device.spans import FreeSpans
 from djinn_core.errors import DeviceError, DjinnError, OutOfDeviceMemory, TransferError
@@ -221,6 +222,9 @@ class CpuDevice(Device):
                 work()
 
         stream.put(in_mode)
+
+    def graphs(self) -> Callable[[], Graph]:
+        return HostGraph
 
     def synchronize(self) -> None:
         with self._lock:

@@ -15,12 +15,14 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from cuda.bindings import driver
 
-from djinn_core.device.base import Device, Direction, Event, HostBytes, Stream, maps_within
+from djinn_core.device.base import Device, Direction, Event, Graph, HostBytes, Stream, maps_within
 from djinn_core.errors import DeviceError, OutOfDeviceMemory, PinningRefused, TransferError
 
 _OUT_OF_MEMORY = driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
@@ -60,6 +62,56 @@ class _Bytes:
             "data": (address, False),
             "version": 2,
         }
+
+
+class CudaGraph:
+    """`Graph` by stream capture. What is allocated meanwhile lies in a pool of torch's allocator.
+
+    Not taken: `torch.cuda.CUDAGraph`. Where a capture fails it leaves torch's allocator and its random numbers in the
+    middle of one.
+    """
+
+    def __init__(self, index: int, pool: torch.cuda.MemPool, stream: Stream) -> None:
+        self._index = index
+        self._pool = pool
+        self._stream = stream
+        self._outside = ExitStack()
+        self._launched: driver.CUgraphExec | None = None
+
+    def begin(self) -> None:
+        with ExitStack() as outside:
+            outside.enter_context(torch.cuda.use_mem_pool(self._pool, self._index))
+            outside.enter_context(torch.cuda.stream(self._stream))  # the default one cannot be captured
+            mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL  # others allocate and map meanwhile
+            checked("cuStreamBeginCapture", driver.cuStreamBeginCapture(self._stream.cuda_stream, mode))
+            self._outside = outside.pop_all()
+
+    def end(self) -> None:
+        code, graph = self._leave()
+        if code:
+            raise DeviceError(describe("cuStreamEndCapture", code))
+        try:
+            self._launched = checked("cuGraphInstantiate", driver.cuGraphInstantiate(graph, 0))
+        finally:
+            driver.cuGraphDestroy(graph)
+
+    def abandon(self) -> None:
+        code, graph = self._leave()
+        if not code:
+            driver.cuGraphDestroy(graph)
+
+    def _leave(self) -> tuple[driver.CUresult, driver.CUgraph]:
+        with self._outside:
+            return driver.cuStreamEndCapture(self._stream.cuda_stream)
+
+    def replay(self) -> None:
+        stream = torch.cuda.current_stream(self._index).cuda_stream
+        if code := driver.cuGraphLaunch(self._launched, stream)[0]:
+            raise DeviceError(describe("cuGraphLaunch", code))
+
+    def __del__(self) -> None:
+        if self._launched is not None:
+            driver.cuGraphExecDestroy(self._launched)  # behind what is running
 
 
 class CudaDevice(Device):
@@ -210,10 +262,16 @@ class CudaDevice(Device):
         with torch.cuda.stream(stream):
             work()
 
+    def graphs(self) -> Callable[[], Graph]:
+        with torch.cuda.device(self._index):
+            return partial(CudaGraph, self._index, torch.cuda.MemPool(), self.stream())
+
     def synchronize(self) -> None:
         try:
             torch.cuda.synchronize(self._index)
         except RuntimeError as error:
+            if "stream is capturing" in str(error):
+                raise DeviceError(f"{self.name} cannot be waited for while a layer is being recorded; retry") from error
             raise DeviceError(f"{self.name} failed in queued work, its context is lost: {error}") from error
 
     def _issue_copy(self, dst: torch.Tensor, src: torch.Tensor, stream: Stream) -> None:

@@ -18,13 +18,17 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
 from djinn_core.errors import SessionStateError, UnsupportedModel, UsageError
 from djinn_core.interrupts import Interruptible, Uninterrupted
+from djinn_core.models.layercalls import copied, hidden_of, replace_hidden
+
+if TYPE_CHECKING:
+    from djinn_core.models.graphs import LayerGraphs
 
 
 class WeightsProvider(Protocol):
@@ -119,7 +123,10 @@ class Boundary:
     Attributes:
         executed: how often each layer's own code has run, by layer index; it only grows.
         arity: what a layer returns: 0 a tensor, n a tuple of n with the hidden states first, None not known yet.
+        graphs: what sessions' one-token passes are issued from; None issues them kernel by kernel.
     """
+
+    graphs: LayerGraphs | None = None
 
     def __init__(
         self,
@@ -165,12 +172,21 @@ class Boundary:
             token = None if control is None else RUNNING.set(None)
             self._runner, self._control = threading.get_ident(), control
             try:
+                graphs = None
                 if control is not None:
                     control.begin()
+                    graphs = self.graphs
                 self.provider.begin_pass(first_layer)
                 try:
-                    with Interruptible():
-                        return body(*args, **kwargs)
+                    if graphs is None:
+                        with Interruptible():
+                            return body(*args, **kwargs)
+                    graphs.begin()
+                    try:
+                        with Interruptible():
+                            return body(*args, **kwargs)
+                    finally:
+                        graphs.end()
                 finally:
                     self.provider.end_pass()
             finally:
@@ -182,25 +198,30 @@ class Boundary:
         provider, executed, last = self.provider, self.executed, self._count - 1
         get_ident = threading.get_ident
 
-        def run(args: tuple, kwargs: dict) -> Any:
+        def run(control: PassControl | None, args: tuple, kwargs: dict) -> Any:
             provider.acquire(index)
             try:
                 executed[index] += 1
-                return original(*args, **kwargs)
+                if control is None or self.graphs is None:
+                    return original(*args, **kwargs)
+                out = self.graphs.run(index, original, args, kwargs)
+                return (
+                    copied(out) if index + 1 == control.stop_before else out
+                )  # a boundary outlives the layer's next pass
             finally:
                 provider.release(index)
 
         def controlled(control: PassControl, args: tuple, kwargs: dict) -> Any:
             first = control.first_layer
             if index < first:
-                hidden = _hidden(args, kwargs)
+                hidden = hidden_of(args, kwargs)
                 return self._pack(control.enter(hidden) if index == last and first > last else hidden)
             if index == first:
-                args, kwargs = _replace_hidden(args, kwargs, control.enter(_hidden(args, kwargs)))
+                args, kwargs = replace_hidden(args, kwargs, control.enter(hidden_of(args, kwargs)))
             if index == control.stop_before:
-                control.stop(_hidden(args, kwargs))
+                control.stop(hidden_of(args, kwargs))
             control.before_layer(index)
-            out = run(args, kwargs)
+            out = run(control, args, kwargs)
             if type(out) is tuple:
                 return (control.after_layer(index, out[0]), *out[1:])
             return control.after_layer(index, out)
@@ -210,7 +231,7 @@ class Boundary:
             if self._runner != get_ident():
                 return self._pass(None, index, forward, args, kwargs)  # called by itself: a pass of its own
             control = self._control
-            out = run(args, kwargs) if control is None else controlled(control, args, kwargs)
+            out = run(None, args, kwargs) if control is None else controlled(control, args, kwargs)
             if self.arity is None:
                 self.arity = _ARITY[self._layer_class] = len(out) if type(out) is tuple else 0
             if provider.inference_only and (out[0] if type(out) is tuple else out).requires_grad:
@@ -266,13 +287,3 @@ def executed_layers(model: nn.Module) -> tuple[int, ...]:
 def _declared_arity(layer: nn.Module) -> int | None:
     annotation = inspect.signature(layer.forward).return_annotation
     return 0 if annotation in (torch.Tensor, "torch.Tensor", "Tensor") else None
-
-
-def _hidden(args: tuple, kwargs: dict) -> torch.Tensor:
-    return args[0] if args else kwargs["hidden_states"]
-
-
-def _replace_hidden(args: tuple, kwargs: dict, hidden: torch.Tensor) -> tuple[tuple, dict]:
-    if args:
-        return (hidden, *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": hidden}

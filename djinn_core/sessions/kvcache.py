@@ -75,6 +75,10 @@ class SessionLayer(CacheLayerMixin):
         first = 0 if self._window is None else max(0, start - self._window + 1)
         return self._all_keys[:, :, first:end], self._all_values[:, :, first:end]
 
+    def written(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views [B, H_kv, count, D] of K and V of the first `count` tokens of the pass under way."""
+        return tuple(kept[:, :, self.start : self.start + count] for kept in (self._all_keys, self._all_values))
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, offset) of what `update` will return, as the stock layers report it."""
         length = self.get_seq_length()

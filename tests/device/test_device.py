@@ -269,6 +269,43 @@ def test_a_prepared_copy_is_counted_and_stays_within_its_target(device, place):
     device.destroy(handle)
 
 
+@torch.no_grad()
+def test_a_graph_does_what_was_recorded_on_the_same_addresses(device):
+    source = torch.ones(4, device=device.torch_device)
+    graph = device.graphs()
+    first, second = graph(), graph()
+    first.begin()
+    doubled = (source * 2).view(2, 2)
+    first.end()
+    second.begin()
+    out = doubled.t().reshape(-1) + 1
+    second.end()
+    for value in (3, 5):
+        source.copy_(torch.arange(4) * value)
+        first.replay()
+        second.replay()
+        device.synchronize()
+        assert out.tolist() == [1, 4 * value + 1, 2 * value + 1, 6 * value + 1]
+
+
+@torch.no_grad()
+def test_after_a_recording_that_was_abandoned_work_is_done_again(device):
+    source = torch.ones(4, device=device.torch_device)
+    make = device.graphs()
+    graph = make()
+    graph.begin()
+    source * 2
+    graph.abandon()
+    assert (source + 1).tolist() == [2.0] * 4
+    again = make()
+    again.begin()
+    out = source * 3
+    again.end()
+    again.replay()
+    device.synchronize()
+    assert out.tolist() == [3.0] * 4
+
+
 def test_an_unrecorded_event_is_complete(device):
     event = device.event()
     assert event.query()

@@ -1,55 +1,25 @@
 """Sessions on a GPU: the oracle in fp16, a CUDA graph across a swap, and memory that the driver sees go."""
 
-import copy
 import threading
 import time
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from djinn_core.device import open_device
-from djinn_core.memory import ExtentPool, HostTier
-from djinn_core.models.boundary import NullProvider, install
-from djinn_core.models.stack import find_stack
 from djinn_core.sessions import Session, Sessions, SessionState
-from djinn_core.turn import Turn
+from tests.gpu.rigs import LAYERS, cuda_rig
 from tests.sessions.oracle import Oracle, prompt
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 MIB = 1 << 20
-LAYERS = 4
-CONFIG = LlamaConfig(
-    vocab_size=128,
-    hidden_size=256,
-    intermediate_size=512,
-    num_hidden_layers=LAYERS,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=4096,
-)
 
 
 @pytest.fixture
 def rig():
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    device = open_device("cuda:0")
-    torch.manual_seed(7)
-    stock = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.float16).eval().requires_grad_(False).cuda()
-    served = copy.deepcopy(stock)
-    install(served, find_stack(served), NullProvider(), Turn())
-    pool = ExtentPool(device, 1024 * MIB)
-    host = HostTier(device, 1024 * MIB)
-    sessions = Sessions(device, pool, host)
-    yield stock, served, device, sessions
-    sessions.close()
-    assert pool.held_bytes == 0 and host.held_bytes == 0
-    pool.close()
-    host.close()
-    device.close()
-    torch.backends.cuda.enable_cudnn_sdp(before)
+    with cuda_rig() as (stock, served, device, sessions):
+        yield stock, served, device, sessions
 
 
 @pytest.mark.parametrize("release", [True, False])

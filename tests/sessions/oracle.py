@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers import DynamicCache, PreTrainedModel
+
+from djinn_core.sessions import Session
 
 
 class Oracle:
@@ -43,3 +47,22 @@ def left_padded(batch: int, tokens: int) -> torch.Tensor:
     for row in range(batch):
         mask[row, : 2 * row] = 0
     return mask
+
+
+def likely(logits: torch.Tensor) -> torch.Tensor:
+    """The most likely token of each sequence, [B, 1]."""
+    return logits.float().argmax(-1)[:, None]
+
+
+def speak(session: Session, logits: torch.Tensor, tokens: int) -> list[torch.Tensor]:
+    """The logits of `tokens` passes, each over the most likely token of the one before."""
+    said = []
+    for _ in range(tokens):
+        logits = session.forward(likely(logits))
+        said.append(logits)
+    return said
+
+
+def equal(said: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> bool:
+    """Bit for bit, and as many."""
+    return len(said) == len(wanted) and all(map(torch.equal, said, wanted))

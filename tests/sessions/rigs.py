@@ -15,6 +15,7 @@ from djinn_core.device import open_device
 from djinn_core.device.cpu import CpuDevice
 from djinn_core.memory import DiskTier, ExtentPool, HostTier, Kind
 from djinn_core.models.boundary import NullProvider, executed_layers, install
+from djinn_core.models.graphs import LayerGraphs
 from djinn_core.models.stack import find_stack
 from djinn_core.sessions import Policy, Session, Sessions
 from djinn_core.turn import Turn
@@ -55,6 +56,10 @@ class Rig:
 
     def open(self, max_length: int = 48, batch_size: int = 1) -> Session:
         return self.sessions.open(self.served, max_length=max_length, batch_size=batch_size)
+
+    @property
+    def graphs(self) -> LayerGraphs:
+        return self.served._djinn_boundary.graphs
 
     @property
     def executed(self) -> tuple[int, ...]:
@@ -100,11 +105,15 @@ def make_rig(
     host_bytes: int = 256 << 20,
     disk_bytes: int = 0,
     policy: Policy | None = None,
+    graphs: bool = False,
 ) -> Rig:
     stock = stock_model(family, dtype)
     served = copy.deepcopy(stock)
-    install(served, find_stack(served), NullProvider(), Turn())
+    stack = find_stack(served)
     device = open_device("cpu", capacity_bytes=device_bytes)
+    boundary = install(served, stack, NullProvider(), Turn())
+    if graphs:
+        boundary.graphs = LayerGraphs(device, stack.layers, range(LAYERS))
     pool = ExtentPool(device, device_bytes)
     host = HostTier(device, host_bytes)
     disk = DiskTier(folder, disk_bytes) if disk_bytes else None

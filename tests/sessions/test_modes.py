@@ -10,17 +10,14 @@ import torch
 
 from djinn_core.sessions.edits import Scale
 from djinn_core.sessions.snapshot import load_session
-from tests.sessions.oracle import Oracle, prompt
+from tests.sessions.oracle import Oracle, equal, likely, prompt
 from tests.sessions.rigs import MakeRig
 
 
-def likely(logits: torch.Tensor) -> torch.Tensor:
-    return logits.float().argmax(-1)[:, None]
-
-
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("opened_inside", [False, True])
-def test_each_step_may_be_in_the_other_mode(make_rig: MakeRig, tmp_path: Path, opened_inside) -> None:
-    rig = make_rig()
+def test_each_step_may_be_in_the_other_mode(make_rig: MakeRig, tmp_path: Path, graphs, opened_inside) -> None:
+    rig = make_rig(graphs=graphs)
     oracle = Oracle(rig.stock)
     wanted = [oracle.forward(prompt())]
     wanted += oracle.greedy(wanted[0], 5)
@@ -63,4 +60,4 @@ def test_each_step_may_be_in_the_other_mode(make_rig: MakeRig, tmp_path: Path, o
     with mode():
         loaded.resume()
         said.append(loaded.forward(likely(said[-1])))
-    assert len(said) == len(wanted) and all(map(torch.equal, said, wanted))
+    assert equal(said, wanted)

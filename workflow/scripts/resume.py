@@ -89,6 +89,7 @@ def run(exp: harness.Experiment, system: str) -> None:
         if system in ("eager", "djinn"):
             resume_sharing.measure(exp, bench, runtime, methods[0], prompt)
         exp.config["host_pinned"] = runtime.host.pinned  # sessions' memory, too, is there by now
+        note_graphs(exp, bench)
 
 
 def make_bench(exp: harness.Experiment, runtime: djinn.Runtime, max_length: int) -> Bench:
@@ -98,7 +99,14 @@ def make_bench(exp: harness.Experiment, runtime: djinn.Runtime, max_length: int)
     with exp.progress.loading("load") as progress:
         model = config["model"]
         name = model["path"] or model["name"]
-        served = runtime.load(name, dtype=dtype, seed=model["seed"], resident_layers="all", progress=progress)
+        served = runtime.load(
+            name,
+            dtype=dtype,
+            seed=model["seed"],
+            resident_layers="all",
+            graphs=config["graphs"],
+            progress=progress,
+        )
     exp.config["host_pinned"] = runtime.host.pinned  # False: the system refused, and copies block
     loaded = served.djinn
     exp.result.weights = {"kind": loaded.source.kind, "digest": loaded.source.digest}
@@ -107,6 +115,14 @@ def make_bench(exp: harness.Experiment, runtime: djinn.Runtime, max_length: int)
     gc.collect()
     gc.freeze()  # or a full collection walks over all that was imported while every thread waits
     return Bench(runtime.device, stock.eval(), served, max_length)
+
+
+def note_graphs(exp: harness.Experiment, bench: Bench) -> None:
+    """Which layers' one-token passes came from graphs, and why others did not; nothing where graphs are off."""
+    graphs = bench.served.djinn.graphs
+    if graphs is not None:
+        exp.config["graphs_recorded"] = graphs.recorded
+        exp.config["graphs_refused"] = sorted(graphs.refused)
 
 
 def seeded_prompt(bench: Bench, length: int, seed: int) -> torch.Tensor:

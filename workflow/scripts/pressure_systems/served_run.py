@@ -26,7 +26,7 @@ from workflow.scripts.pressure_systems import swaps
 from workflow.scripts.pressure_systems.served import ServedTenant
 from workflow.scripts.pressure_systems.trace import MemoryTrace
 from workflow.scripts.pressure_systems.workload import Workload, on_one_core
-from workflow.scripts.resume import make_bench
+from workflow.scripts.resume import make_bench, note_graphs
 from workflow.scripts.resume_methods.base import Bench
 
 RELEASE_TIMEOUT_S = 60.0
@@ -56,6 +56,8 @@ def run(exp: harness.Experiment, capped: bool, wanted: list[list[int]]) -> None:
         with exp.progress.task("pin host memory"):
             runtime.host.prepare(int(runtime.host.free_bytes * PREPARED_SHARE))
         exp.config["host_pinned"] = runtime.host.pinned  # sessions' memory, too, is there by now
+        if config["graphs"]:
+            warm_up(bench, workload)
         logs: list[tuple[str, list[Any]]] = []
         try:
             for number, seed in enumerate(config["seeds"]):
@@ -71,6 +73,15 @@ def run(exp: harness.Experiment, capped: bool, wanted: list[list[int]]) -> None:
             uncontended(exp, bench, runtime, workload)
             for hinted in (False, True):
                 think(exp, bench, runtime, workload, hinted, wanted)
+        note_graphs(exp, bench)
+
+
+def warm_up(bench: Bench, workload: Workload) -> None:
+    """One session's turn before anything is timed, in which all layers are recorded."""
+    tenant = ServedTenant(0, workload, bench)
+    tenant.spawn(workload.prompt(0, bench.stock))
+    tenant.turn()
+    tenant.close()
 
 
 def run_uncapped(

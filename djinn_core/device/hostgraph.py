@@ -1,0 +1,61 @@
+"""A graph without a GPU: torch operations that are noted once, and done again into the same tensors.
+
+As on a GPU, nothing has been done when the recording ends: what it returned is filled with NaN until the first replay.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class HostGraph(TorchDispatchMode):
+    """`Graph` for the emulated device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._steps: list[tuple[Any, tuple, dict, list[torch.Tensor]]] = []
+        self._made: set[int] = set()  # the memory that was allocated here
+
+    def begin(self) -> None:
+        self.__enter__()
+
+    def end(self) -> None:
+        self.__exit__(None, None, None)
+        for *_, made in self._steps:
+            for tensor in made:
+                if tensor.is_floating_point():
+                    tensor.fill_(torch.nan)
+
+    def abandon(self) -> None:
+        self.__exit__(None, None, None)
+        self._steps.clear()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        read = {_memory(tensor) for tensor in _tensors((args, kwargs))}
+        if func._schema.is_mutable:
+            if not self._made.issuperset(map(_memory, _tensors(out))):
+                raise RuntimeError(f"{func} writes in place what was there before, and has done so to be noted")
+            self._steps.append((func, args, kwargs, []))
+        elif read.isdisjoint(map(_memory, _tensors(out))):  # else it is a view
+            self._steps.append((func, args, kwargs, _tensors(out)))
+            self._made.update(map(_memory, _tensors(out)))
+        return out
+
+    def replay(self) -> None:
+        for func, args, kwargs, made in self._steps:
+            for mine, new in zip(made, _tensors(func(*args, **kwargs)), strict=False):
+                mine.copy_(new)
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

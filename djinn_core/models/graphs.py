@@ -1,0 +1,307 @@
+"""One-token passes from graphs: most of a layer's kernels, recorded once, go out in two calls.
+
+What limits such a pass is Python, which takes several times as long to issue a layer as a large GPU to compute it. Two
+graphs hold what a layer does before its attention and behind it. Between them lies what changes with every token: K and
+V go into the session's cache, and attention reads it at its new length. So a layer still begins and ends in Python,
+where it may be gated, stopped, edited or skipped, and its kernels are those of the layer's own code.
+
+Invariant: a layer is issued from its graphs only after they gave what its own code gives, bit for bit and K and V too,
+in two passes; and only while it has the same modules, classes, and parameters at the same addresses, is called with the
+same shapes and settings, and has no hooks. Otherwise its own code runs. What is not seen is a Python value inside a
+module that is changed later (`attention.scaling = 2`), and one that the layer's code works out anew from the length.
+
+Not taken: one graph per pass, since attention's shapes change with every token, and nothing could happen between two
+layers. `torch.compile`: other kernels, so other logits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from operator import is_
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from transformers import Cache
+
+from djinn_core.interrupts import Uninterrupted
+from djinn_core.models.layercalls import copied, first_of, hidden_of, replace_hidden
+from djinn_core.models.recording import NotRecorded, Recorded, Recording
+
+if TYPE_CHECKING:
+    from djinn_core.device.base import Device, Stream
+
+KINDS = 8  # of calls that are recorded; a setting that changes with every call must not fill the memory
+TRIES = 3  # recordings of a layer: another thread that waits for the whole device makes one fail
+PROOFS = 2
+
+_log = logging.getLogger("djinn.graphs")
+
+
+@dataclass(eq=False)
+class _Call:
+    """What all layers are given in one pass, besides the hidden states.
+
+    Attributes:
+        inputs: the tensors that graphs read, in the order in which they are found in the arguments.
+        layers: for each layer its graphs; None where it has none for good.
+        tries: how often each was recorded.
+        cache: of the pass under way.
+    """
+
+    inputs: list[torch.Tensor]
+    layers: dict[int, Recorded | None] = field(default_factory=dict)
+    tries: Counter[int] = field(default_factory=Counter)
+    cache: Cache | None = None
+
+
+class _Watched:
+    """A layer, and whether it is still what was recorded."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        modules = list(layer.modules())
+        self._hooks = [_global_forward_hooks, _global_forward_pre_hooks]
+        self._hooks += [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._inside = [vars(module) for module in modules[1:]]  # the layer's own `forward` is the boundary's
+        self._modules = [(module, type(module), type(module).forward) for module in modules]
+        self._children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
+        self._tensors = [(group, name) for m in modules for group in (m._parameters, m._buffers) for name in group]
+
+    @property
+    def altered(self) -> bool:
+        """A hook, another module, another class or another `forward` is in it, or it is being trained."""
+        return (
+            any(self._hooks)
+            or any(children.get(name) is not child for children, name, child in self._children)
+            or any(
+                type(module) is not kind or kind.forward is not forward or module.training
+                for module, kind, forward in self._modules
+            )
+            or any("forward" in attributes for attributes in self._inside)
+        )
+
+    @property
+    def addresses(self) -> list[int]:
+        """Where its parameters and buffers are; 0 for one that it has not."""
+        found = (group.get(name) for group, name in self._tensors)
+        return [0 if tensor is None else tensor.data_ptr() for tensor in found]
+
+
+class LayerGraphs:
+    """The graphs of one model. One pass at a time; `begin` and `end` enclose it.
+
+    Args:
+        layers: the decoder's.
+        recordable: the layers whose parameters stay where they are.
+    """
+
+    def __init__(self, device: Device, layers: Sequence[nn.Module], recordable: Iterable[int]) -> None:
+        self._device = device
+        self._graph = device.graphs()
+        self._watched = {index: _Watched(layers[index]) for index in recordable}
+        self._calls: dict[tuple, _Call] = {}
+        self._reasons: dict[str, int] = {}
+        self._given: tuple | None = None  # the arguments of the layer before, in the same pass
+        self._call: _Call | None = None
+        self._looked: tuple[int, bool] = (-1, False)  # which layer was looked at last, and whether it is altered
+        self._done = device.event()
+        self._stream: Stream | None = None
+
+    @property
+    def recorded(self) -> int:
+        """How many layers have graphs, over all kinds of call."""
+        return sum(found is not None for call in self._calls.values() for found in call.layers.values())
+
+    @property
+    def refused(self) -> dict[str, int]:
+        """Why layers that could be recorded were not, each reason with the first layer that it was found at."""
+        return dict(self._reasons)
+
+    def begin(self) -> None:
+        """A pass begins on the current stream, behind the one before."""
+        stream = self._device.current_stream()
+        if self._stream is not None and stream != self._stream:
+            stream.wait_event(self._done)
+        self._stream = stream
+
+    def end(self) -> None:
+        """The pass has ended; what it was given is let go of."""
+        self._forget_given()
+        self._looked = (-1, False)
+        if self._stream is not None:
+            self._done.record(self._stream)
+
+    def close(self) -> None:
+        """Forget all graphs; the parameters may go."""
+        self._watched.clear()
+        self._calls.clear()
+
+    def run(self, index: int, original: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """`original(*args, **kwargs)` of layer `index`, from its graphs if it can be.
+
+        What it returns is overwritten by its next pass only where the next layer takes it, unseen by anyone else.
+        """
+        hidden = hidden_of(args, kwargs)
+        if index not in self._watched or hidden.shape[1] != 1 or self._altered(index):
+            return original(*args, **kwargs)
+        given = (*args[1:], *kwargs.values()) if args else _others(kwargs)
+        if self._given is None or len(given) != len(self._given) or not all(map(is_, given, self._given)):
+            self._forget_given()
+            self._given, self._call = given, self._call_of(index, hidden, given, tuple(kwargs))
+        call = self._call
+        if call is None:
+            return original(*args, **kwargs)
+        found = call.layers.get(index)
+        if found is None and index in call.layers:
+            return original(*args, **kwargs)
+        if found is None or found.addresses != self._watched[index].addresses:
+            return self._first_time(index, original, args, kwargs)
+        if found.proofs < PROOFS:
+            return self._prove(index, found, original, args, kwargs)
+        out = found.issue(hidden, call.cache.layers[index])
+        return out if self._comes_next(index + 1) else copied(out)
+
+    def _altered(self, index: int) -> bool:
+        if self._looked[0] != index:
+            self._looked = index, self._watched[index].altered
+        return self._looked[1]
+
+    def _comes_next(self, index: int) -> bool:
+        """Layer `index` will be issued from graphs: nobody sees what it is given."""
+        found = self._call.layers.get(index)
+        return found is not None and found.proofs >= PROOFS and not self._altered(index)
+
+    def _forget_given(self) -> None:
+        if self._call is not None:
+            self._call.cache = None
+        self._given = self._call = None
+
+    def _call_of(self, index: int, hidden: torch.Tensor, given: tuple, names: tuple) -> _Call | None:
+        """The kind of call that this is, its tensors copied to where graphs read them; None if it is not recorded."""
+        tensors: list[torch.Tensor] = []
+        caches: list[Cache] = []
+        try:
+            kind = tuple(_kind(value, hidden.device, tensors, caches) for value in given)
+            if len(caches) != 1:
+                raise NotRecorded(f"it is given {len(caches)} caches")
+            signature = (hidden.shape, hidden.dtype, names, kind, _modes(hidden.device.type))
+            call = self._calls.get(signature)
+            if call is None:
+                if len(self._calls) == KINDS:
+                    raise NotRecorded(f"it is called in more than {KINDS} ways, by shapes and settings")
+                with torch.inference_mode(False):
+                    call = self._calls[signature] = _Call([torch.empty_like(tensor) for tensor in tensors])
+        except NotRecorded as reason:
+            self._tell(index, str(reason))
+            return None
+        for mine, tensor in zip(call.inputs, tensors, strict=True):
+            mine.copy_(tensor)
+        call.cache = caches[0]
+        return call
+
+    def _first_time(self, index: int, original: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """Record the layer, and run its own code."""
+        call, hidden = self._call, hidden_of(args, kwargs)
+        call.tries[index] += 1
+        if call.tries[index] > TRIES:
+            call.layers[index] = None
+            self._tell(index, f"{TRIES} recordings were not enough: its parameters move, or each of them fails")
+            return original(*args, **kwargs)
+        with Uninterrupted():
+            trial = replace_hidden(args, kwargs, hidden.clone())
+            original(*trial[0], **trial[1])  # what it needs once is loaded then, and not while it is recorded
+            recorded = self._record(index, original, args, kwargs)
+        if recorded is None:
+            return original(*args, **kwargs)  # last, so that the cache holds what it writes
+        call.layers[index] = recorded
+        return self._prove(index, recorded, original, args, kwargs)
+
+    def _record(self, index: int, original: Callable[..., Any], args: tuple, kwargs: dict) -> Recorded | None:
+        call, before = self._call, self._call.layers.get(index - 1)
+        with torch.inference_mode(False), torch.no_grad():
+            mine = torch.empty_like(hidden_of(args, kwargs)) if before is None else before.out
+            mine.copy_(hidden_of(args, kwargs))
+            try:
+                recording = Recording(self._graph, mine, call.cache.layers[index])
+                given = _with(call.inputs, mine, recording, args, kwargs)
+                return recording.record(original, *given, self._watched[index].addresses)
+            except NotRecorded as reason:
+                call.layers[index] = None
+                self._tell(index, str(reason))
+            except Exception as error:  # noqa: BLE001 - whatever it is, the layer's own code runs without graphs
+                self._tell(index, f"{type(error).__name__}: {error}")
+        return None
+
+    def _prove(self, index: int, recorded: Recorded, original: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """What the layer's own code returns; graphs that give anything else, in K and V too, are not used."""
+        cache_layer = self._call.cache.layers[index]
+        recorded.issue(hidden_of(args, kwargs), cache_layer)
+        out = original(*args, **kwargs)  # last, so that the cache holds what it writes
+        given = (first_of(out), *cache_layer.written(1))
+        if all(map(_same, given, (recorded.out, recorded.keys, recorded.values))):
+            recorded.proofs += 1
+        else:
+            self._call.layers[index] = None
+            self._tell(index, "its graphs give other values than its own code")
+        return out
+
+    def _tell(self, index: int, why: str) -> None:
+        if why not in self._reasons:
+            self._reasons[why] = index
+            _log.warning("layer %d is not issued from graphs, its own code runs: %s", index, why)
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Bit for bit, so that NaN equals NaN."""
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+def _modes(device_type: str) -> tuple:
+    """Torch's settings that decide which kernels run."""
+    if torch.is_autocast_enabled(device_type):
+        raise NotRecorded("it runs under autocast, which keeps casted weights for a while")
+    return torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+
+
+def _kind(value: Any, device: torch.device, tensors: list[torch.Tensor], caches: list[Cache]) -> Any:
+    """What of an argument may not change between two calls; its tensors and caches are added to the lists."""
+    if isinstance(value, torch.Tensor):
+        if value.device != device or value.dim() > 3:
+            raise NotRecorded(f"it is given a tensor {tuple(value.shape)} on {value.device.type}, such as a mask")
+        tensors.append(value)
+        return value.shape, value.dtype
+    if isinstance(value, Cache):
+        caches.append(value)
+        return Cache
+    if isinstance(value, tuple):
+        return tuple(_kind(each, device, tensors, caches) for each in value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return type(value), value
+    raise NotRecorded(f"it is given a {type(value).__name__}")
+
+
+def _with(
+    inputs: list[torch.Tensor], hidden: torch.Tensor, cache: Any, args: tuple, kwargs: dict
+) -> tuple[tuple, dict]:
+    """The arguments of a call, with `hidden`, the tensors of `inputs` and `cache` in their places."""
+    tensors = iter(inputs)
+
+    def mine(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return next(tensors)
+        if isinstance(value, Cache):
+            return cache
+        return tuple(map(mine, value)) if isinstance(value, tuple) else value
+
+    if args:
+        return (hidden, *map(mine, args[1:])), {name: mine(value) for name, value in kwargs.items()}
+    return (), {name: hidden if name == "hidden_states" else mine(value) for name, value in kwargs.items()}
+
+
+def _others(kwargs: dict) -> tuple:
+    """The arguments besides the hidden states."""
+    return tuple(value for name, value in kwargs.items() if name != "hidden_states")

@@ -1,0 +1,153 @@
+"""How a layer's one-token pass is recorded: up to its attention in one graph, and from there on in another.
+
+The layer's own code is run once while nothing is done but its attention. What stands for the cache takes K and V from
+it, and `scaled_dot_product_attention` is where the first graph ends. No table of models is needed: a layer that does it
+in another way says so by not getting there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention as attention
+from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from djinn_core.device.base import Graph
+
+
+class CacheLayer(Protocol):
+    """What a layer's part of the cache must offer: `SessionLayer`."""
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def written(self, count: int) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]: ...
+
+
+class NotRecorded(Exception):
+    """Why a layer cannot be recorded."""
+
+
+@dataclass(eq=False)
+class Recorded:
+    """One layer's graphs, and the tensors that they read and write: [B, 1, hidden], [B, heads, 1, head_dim].
+
+    Attributes:
+        settings: what attention is called with, besides tensors.
+        extras: what the layer returns behind the hidden states, all None; None itself where it returns no tuple.
+        addresses: of the layer's parameters when it was recorded.
+        proofs: how often the graphs were compared with the layer's own code.
+    """
+
+    hidden: torch.Tensor
+    before: Graph
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    settings: dict[str, Any]
+    attended: torch.Tensor
+    behind: Graph
+    out: torch.Tensor
+    extras: tuple[None, ...] | None
+    addresses: list[int]
+    proofs: int = 0
+
+    def issue(self, hidden: torch.Tensor, cache_layer: CacheLayer) -> Any:
+        """What the layer returns; its tensor is overwritten when the layer is issued again."""
+        if hidden is not self.hidden:
+            self.hidden.copy_(hidden)
+        self.before.replay()
+        keys, values = cache_layer.update(self.keys, self.values)
+        self.attended.copy_(attention(self.query, keys, values, **self.settings))
+        self.behind.replay()
+        return self.out if self.extras is None else (self.out, *self.extras)
+
+
+class Recording(TorchFunctionMode):
+    """Records one layer, once.
+
+    Args:
+        graph: makes a new graph.
+        hidden: [B, 1, hidden], what the graphs will read.
+    """
+
+    def __init__(self, graph: Callable[[], Graph], hidden: torch.Tensor, cache_layer: CacheLayer) -> None:
+        super().__init__()
+        self._hidden = hidden
+        self._cache_layer = cache_layer
+        self._graphs = (graph(), graph())
+        self._open: Graph | None = None
+        self._new: tuple[torch.Tensor, torch.Tensor] | None = None  # K and V of this token
+        self._all: tuple[torch.Tensor, torch.Tensor] | None = None  # what stands for the cache's
+        self._attention: tuple[torch.Tensor, dict[str, Any], torch.Tensor] | None = None
+
+    def record(self, original: Callable[..., Any], args: tuple, kwargs: dict, addresses: list[int]) -> Recorded:
+        """The graphs of `original(*args, **kwargs)`, in which this recording stands for the cache.
+
+        Raises:
+            NotRecorded: it does not call `update` and then attention, once and without a mask, or returns more.
+        """
+        try:
+            with self:
+                self._begin(self._graphs[0])
+                out = original(*args, **kwargs)
+                self._end()
+        finally:
+            if self._open is not None:
+                self._open.abandon()
+        if self._attention is None:
+            raise NotRecorded("it does not call scaled_dot_product_attention")
+        first, extras = (out[0], tuple(out[1:])) if type(out) is tuple else (out, None)
+        if any(value is not None for value in extras or ()):
+            raise NotRecorded("it returns more than the hidden states")
+        query, settings, attended = self._attention
+        before, behind = self._graphs
+        return Recorded(self._hidden, before, query, *self._new, settings, attended, behind, first, extras, addresses)
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stands for the cache's: nothing is written, and what it returns has the right shapes, and no values."""
+        self._new = keys, values
+        length, _ = self._cache_layer.get_mask_sizes(1)
+        self._all = tuple(new[:, :, :1].expand(-1, -1, length, -1) for new in (keys, values))
+        return self._all
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        return self._attend(*args, **kwargs) if func is attention else func(*args, **kwargs)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **settings: Any,
+    ) -> torch.Tensor:
+        if self._attention is not None:
+            raise NotRecorded("it calls attention more than once")
+        if self._all is None or key is not self._all[0] or value is not self._all[1]:
+            raise NotRecorded("its attention reads something other than what the cache returned")
+        if attn_mask is not None or dropout_p or is_causal:
+            raise NotRecorded("its attention has a mask, is causal, or drops out")
+        self._end()
+        self._graphs[0].replay()
+        out = attention(query, *self._cache_layer.update(*self._new), **settings)
+        attended = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device)
+        self._attention = query, settings, attended
+        self._begin(self._graphs[1])
+        return attended
+
+    def _begin(self, graph: Graph) -> None:
+        graph.begin()
+        self._open = graph
+
+    def _end(self) -> None:
+        graph, self._open = self._open, None
+        graph.end()

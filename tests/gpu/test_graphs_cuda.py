@@ -1,0 +1,177 @@
+"""One-token passes from CUDA graphs: what the emulated device cannot show, streams, other threads, a failed capture."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from djinn_core.models.boundary import NullProvider, install
+from djinn_core.models.graphs import LayerGraphs
+from djinn_core.models.stack import find_stack
+from djinn_core.turn import Turn
+from tests.gpu.rigs import LAYERS, MIB, cuda_rig
+from tests.sessions.oracle import Oracle, equal, likely, prompt, speak
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+
+@pytest.fixture
+def rig():
+    with cuda_rig(graphs=True) as (stock, served, device, sessions):
+        yield stock, served, device, sessions
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_logits_equal_the_stock_models_over_many_lengths(rig, batch) -> None:
+    stock, served, _, sessions = rig
+    oracle, session = Oracle(stock), sessions.open(served, max_length=600, batch_size=batch)
+    first = oracle.forward(prompt(batch, tokens=200).cuda())
+    assert torch.equal(session.forward(prompt(batch, tokens=200).cuda()), first)
+    assert equal(speak(session, first, 150), oracle.greedy(first, 150))
+    assert served._djinn_boundary.graphs.recorded == LAYERS and not served._djinn_boundary.graphs.refused
+    session.close()
+
+
+@pytest.mark.parametrize("layer", range(1, LAYERS + 1))
+def test_a_token_that_was_stopped_goes_on_after_a_swap(rig, layer) -> None:
+    stock, served, _, sessions = rig
+    oracle, session = Oracle(stock), sessions.open(served, max_length=400)
+    logits = oracle.forward(prompt(tokens=300).cuda())
+    session.forward(prompt(tokens=300).cuda())
+    for want in oracle.greedy(logits, 6):
+        session.forward(likely(logits), stop_after=layer)
+        session.pause(release=True)
+        session.wait_until("released", 10)
+        with sessions.open(served, max_length=400) as other:  # its passes write where the stopped one's did
+            speak(other, other.forward(prompt(tokens=100, seed=5).cuda()), 2)
+        logits = session.resume()
+        assert torch.equal(logits, want)
+    assert served._djinn_boundary.graphs.recorded == LAYERS
+    session.close()
+
+
+def test_passes_on_two_streams_do_not_meet(rig) -> None:
+    """Graphs read and write the same tensors in every pass, so a pass waits for the one before on another stream."""
+    stock, served, device, sessions = rig
+    seeds = (1, 2)
+    oracles = [Oracle(stock) for _ in seeds]
+    opened = [sessions.open(served, max_length=400) for _ in seeds]
+    logits = [oracle.forward(prompt(tokens=100, seed=seed).cuda()) for oracle, seed in zip(oracles, seeds, strict=True)]
+    for session, seed in zip(opened, seeds, strict=True):
+        session.forward(prompt(tokens=100, seed=seed).cuda())
+    wanted = [oracle.greedy(first, 12) for oracle, first in zip(oracles, logits, strict=True)]
+    ids = [[likely(each) for each in (first, *rest[:-1])] for first, rest in zip(logits, wanted, strict=True)]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    device.synchronize()
+    said: list[list[torch.Tensor]] = [[], []]
+    for token in range(12):  # no host synchronisation in between, as there would be with `likely`
+        for number, session in enumerate(opened):
+            with torch.cuda.stream(streams[number]):
+                if number == 0:
+                    torch.cuda._sleep(2_000_000)
+                said[number].append(session.forward(ids[number][token]))
+    device.synchronize()
+    assert equal(said[0], wanted[0]) and equal(said[1], wanted[1])
+    for session in opened:
+        session.close()
+
+
+def test_two_models_do_not_share_what_their_graphs_write(rig) -> None:
+    """Each on a stream of its own, at the same time."""
+    stock, served, device, sessions = rig
+    second = copy.deepcopy(stock)
+    for layer in second.model.layers:
+        layer.mlp.down_proj.weight.mul_(1.5)
+    own = copy.deepcopy(second)
+    stack = find_stack(second)
+    boundary = install(second, stack, NullProvider(), Turn())
+    boundary.graphs = LayerGraphs(device, stack.layers, range(LAYERS))
+    oracles = [Oracle(stock), Oracle(own)]
+    opened = [sessions.open(model, max_length=400) for model in (served, second)]
+    ids = prompt(tokens=100).cuda()
+    first = [oracle.forward(ids) for oracle in oracles]
+    for session in opened:
+        session.forward(ids)
+    wanted = [oracle.greedy(logits, 20) for oracle, logits in zip(oracles, first, strict=True)]
+    tokens = [[likely(each) for each in (logits, *rest[:-1])] for logits, rest in zip(first, wanted, strict=True)]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    device.synchronize()
+    said: list[list[torch.Tensor]] = [[], []]
+    for token in range(20):
+        for number, session in enumerate(opened):
+            with torch.cuda.stream(streams[number]):
+                said[number].append(session.forward(tokens[number][token]))
+    device.synchronize()
+    assert equal(said[0], wanted[0]) and equal(said[1], wanted[1])
+    for session in opened:
+        session.close()
+    boundary.graphs.close()
+
+
+def test_other_threads_use_the_device_while_layers_are_recorded(rig) -> None:
+    stock, served, device, sessions = rig
+    stop = threading.Event()
+    failed: list[BaseException] = []
+
+    def busy() -> None:
+        try:
+            device.bind_thread()
+            address = device.reserve(2 * MIB)
+            while not stop.is_set():
+                handle = device.create(2 * MIB)
+                device.map(address, handle, 2 * MIB)
+                device.grant(address, 2 * MIB)
+                event = device.event(blocking=True)
+                made = torch.ones(1 << 20, device="cuda") + 1
+                event.record(device.current_stream())
+                event.synchronize()
+                assert int(made[-1]) == 2
+                device.unmap(address, 2 * MIB)
+                device.destroy(handle)
+                torch.cuda.empty_cache()
+            device.release(address, 2 * MIB)
+        except BaseException as error:  # noqa: BLE001 - raised by the test
+            failed.append(error)
+
+    thread = threading.Thread(target=busy)
+    thread.start()
+    try:
+        oracle, session = Oracle(stock), sessions.open(served, max_length=400)
+        first = oracle.forward(prompt(tokens=100).cuda())
+        session.forward(prompt(tokens=100).cuda())
+        wanted = oracle.greedy(first, 8)
+        time.sleep(0.05)
+        said = speak(session, first, 8)
+    finally:
+        stop.set()
+        thread.join()
+    assert not failed and equal(said, wanted)
+    assert served._djinn_boundary.graphs.recorded == LAYERS and not served._djinn_boundary.graphs.refused
+    session.close()
+
+
+class Asks(nn.Module):
+    """An activation that asks the device for a value, which cannot be recorded."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return nn.functional.silu(hidden) * (1 if float(hidden.sum()) == float(hidden.sum()) else 2)
+
+
+def test_a_layer_that_cannot_be_captured_runs_as_it_is(rig) -> None:
+    stock, served, device, sessions = rig
+    layers = served.model.layers
+    layers[1].mlp.act_fn = Asks()
+    graphs = served._djinn_boundary.graphs = LayerGraphs(device, layers, range(LAYERS))
+    oracle, session = Oracle(stock), sessions.open(served, max_length=400)
+    first = oracle.forward(prompt(tokens=100).cuda())
+    session.forward(prompt(tokens=100).cuda())
+    assert equal(speak(session, first, 6), oracle.greedy(first, 6))
+    assert set(graphs.refused.values()) == {1} and graphs.recorded == LAYERS - 1
+    assert torch.rand(4, device="cuda").isfinite().all()  # torch's random numbers are in no capture any more
+    torch.cuda.empty_cache()
+    session.close()
