@@ -271,7 +271,7 @@ def _kind(value: Any, device: torch.device, tensors: list[torch.Tensor], caches:
     """What of an argument may not change between two calls; its tensors and caches are added to the lists."""
     if isinstance(value, torch.Tensor):
         if value.device != device or value.dim() > 3:
-            raise NotRecorded(f"it is given a tensor {tuple(value.shape)} on {value.device.type}, such as a mask")
+            raise NotRecorded(f"it is given a tensor of {value.dim()} dimensions on {value.device}, such as a mask")
         tensors.append(value)
         return value.shape, value.dtype
     if isinstance(value, Cache):

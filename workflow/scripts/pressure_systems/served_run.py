@@ -64,13 +64,14 @@ def run(exp: harness.Experiment, capped: bool, wanted: list[list[int]]) -> None:
                 if paired and number % 2 == 0:
                     run_uncapped(exp, bench, runtime, workload, seed, wanted)
                 logs.append((f"seed {seed}", run_seed(exp, bench, runtime, workload, seed, capped, wanted)))
+                if capped:
+                    uncontended(exp, bench, runtime, workload, number)
                 if paired and number % 2:
                     run_uncapped(exp, bench, runtime, workload, seed, wanted)
         finally:
             if capped:
                 swaps.write_log(exp.out.parent / swaps.LOG, logs)
         if capped:
-            uncontended(exp, bench, runtime, workload)
             for hinted in (False, True):
                 think(exp, bench, runtime, workload, hinted, wanted)
         note_graphs(exp, bench)
@@ -227,15 +228,19 @@ def check_evicted(exp: harness.Experiment, seed: int) -> None:
     exp.result.check(f"evicted_at_least_demand_minus_cap_seed_{seed}", evicted >= shortfall)
 
 
-def uncontended(exp: harness.Experiment, bench: Bench, runtime: djinn.Runtime, workload: Workload) -> None:
-    """What `ready_ms` is when nobody else is there: one caller, one session, off the device at each resume."""
-    repeats = exp.config["uncontended_repeats"]
-    tenant = ServedTenant(0, replace(workload, rounds=repeats), bench)
+def uncontended(exp: harness.Experiment, bench: Bench, runtime: djinn.Runtime, workload: Workload, number: int) -> None:
+    """What `ready_ms` is when nobody else is there: one caller, one session, off the device at each resume.
+
+    A share of the repeats behind each seed's run (`number` counts them): how fast Python is wanders within minutes.
+    """
+    runs, repeats = len(exp.config["seeds"]), exp.config["uncontended_repeats"]
+    share = repeats // runs + (number < repeats % runs)
+    tenant = ServedTenant(0, replace(workload, rounds=1 + share), bench)
     tenant.spawn(workload.prompt(0, bench.stock))
 
     def call() -> None:
         with torch.inference_mode():
-            for repeat in range(repeats):
+            for repeat in range(1 + share):
                 tenant.session.wait_until("clean", RELEASE_TIMEOUT_S)
                 runtime.evict(tenant.session)
                 bench.device.synchronize()
