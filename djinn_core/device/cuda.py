@@ -13,6 +13,7 @@ then queue in ours. A closed device leaves them to the next, since a tensor may 
 from __future__ import annotations
 
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -28,6 +29,7 @@ from djinn_core.errors import DeviceError, OutOfDeviceMemory, PinningRefused, Tr
 _OUT_OF_MEMORY = driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
 _PORTABLE = driver.CU_MEMHOSTREGISTER_PORTABLE
 _idle_streams: dict[tuple[int, int], list[int]] = defaultdict(list)  # of closed devices, by index and priority
+RECORDING_S = 1.0  # a layer takes some milliseconds
 BATCHES_FROM = 12_080  # the CUDA version of the driver that has cuMemcpyBatchAsync; older ones get a call per copy
 
 
@@ -267,12 +269,22 @@ class CudaDevice(Device):
             return partial(CudaGraph, self._index, torch.cuda.MemPool(), self.stream())
 
     def synchronize(self) -> None:
+        give_up_s = time.monotonic() + RECORDING_S
+        try:
+            while not self._synchronized(give_up_s):
+                time.sleep(0.001)
+        except RuntimeError as error:
+            raise DeviceError(f"{self.name} failed in queued work, its context is lost: {error}") from error
+
+    def _synchronized(self, give_up_s: float) -> bool:
+        """Whether the device could be waited for; it cannot while another thread records a graph on it."""
         try:
             torch.cuda.synchronize(self._index)
         except RuntimeError as error:
-            if "stream is capturing" in str(error):
-                raise DeviceError(f"{self.name} cannot be waited for while a layer is being recorded; retry") from error
-            raise DeviceError(f"{self.name} failed in queued work, its context is lost: {error}") from error
+            if "stream is capturing" not in str(error) or time.monotonic() > give_up_s:
+                raise
+            return False
+        return True
 
     def _issue_copy(self, dst: torch.Tensor, src: torch.Tensor, stream: Stream) -> None:
         check_copy(dst, src)

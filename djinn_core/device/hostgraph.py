@@ -11,6 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+UNKNOWN = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
 
 class HostGraph(TorchDispatchMode):
     """`Graph` for the emulated device."""
@@ -36,6 +38,8 @@ class HostGraph(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if not UNKNOWN.isdisjoint(func.tags):
+            raise RuntimeError(f"{func} needs a value from the device, and nothing is done while a graph is recorded")
         out = func(*args, **kwargs)
         read = {_memory(tensor) for tensor in _tensors((args, kwargs))}
         if func._schema.is_mutable:

@@ -8,7 +8,8 @@ where it may be gated, stopped, edited or skipped, and its kernels are those of 
 Invariant: a layer is issued from its graphs only after they gave what its own code gives, bit for bit and K and V too,
 in two passes; and only while it has the same modules, classes, and parameters at the same addresses, is called with the
 same shapes and settings, and has no hooks. Otherwise its own code runs. What is not seen is a Python value inside a
-module that is changed later (`attention.scaling = 2`), and one that the layer's code works out anew from the length.
+module or the config that is changed later (`attention.scaling = 2`), and what the layer's code decides anew by the
+length, beyond those of the proofs.
 
 Not taken: one graph per pass, since attention's shapes change with every token, and nothing could happen between two
 layers. `torch.compile`: other kernels, so other logits.
@@ -26,6 +27,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import Cache
 
 from djinn_core.interrupts import Uninterrupted
@@ -33,11 +37,17 @@ from djinn_core.models.layercalls import copied, first_of, hidden_of, replace_hi
 from djinn_core.models.recording import NotRecorded, Recorded, Recording
 
 if TYPE_CHECKING:
-    from djinn_core.device.base import Device, Stream
+    from djinn_core.device.base import Device, Graph, Stream
 
 KINDS = 8  # of calls that are recorded; a setting that changes with every call must not fill the memory
 TRIES = 3  # recordings of a layer: another thread that waits for the whole device makes one fail
 PROOFS = 2
+PRECISIONS = (  # of `torch.backends.cuda.matmul`; an older torch has not all of them
+    "fp32_precision",
+    "allow_fp16_accumulation",
+    "allow_fp16_reduced_precision_reduction",
+    "allow_bf16_reduced_precision_reduction",
+)
 
 _log = logging.getLogger("djinn.graphs")
 
@@ -68,6 +78,8 @@ class _Watched:
         self._hooks += [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._inside = [vars(module) for module in modules[1:]]  # the layer's own `forward` is the boundary's
         self._modules = [(module, type(module), type(module).forward) for module in modules]
+        self._outside = vars(layer), vars(layer).get("forward")
+        self._sizes = [(module._modules, len(module._modules)) for module in modules]
         self._children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
         self._tensors = [(group, name) for m in modules for group in (m._parameters, m._buffers) for name in group]
 
@@ -76,6 +88,8 @@ class _Watched:
         """A hook, another module, another class or another `forward` is in it, or it is being trained."""
         return (
             any(self._hooks)
+            or self._outside[0].get("forward") is not self._outside[1]
+            or any(len(children) != size for children, size in self._sizes)
             or any(children.get(name) is not child for children, name, child in self._children)
             or any(
                 type(module) is not kind or kind.forward is not forward or module.training
@@ -85,10 +99,10 @@ class _Watched:
         )
 
     @property
-    def addresses(self) -> list[int]:
-        """Where its parameters and buffers are; 0 for one that it has not."""
+    def places(self) -> list[tuple | None]:
+        """Which parameters and buffers it has, and where; None for one that it has not."""
         found = (group.get(name) for group, name in self._tensors)
-        return [0 if tensor is None else tensor.data_ptr() for tensor in found]
+        return [None if tensor is None else (id(tensor), tensor.data_ptr(), tensor.stride()) for tensor in found]
 
 
 class LayerGraphs:
@@ -101,7 +115,7 @@ class LayerGraphs:
 
     def __init__(self, device: Device, layers: Sequence[nn.Module], recordable: Iterable[int]) -> None:
         self._device = device
-        self._graph = device.graphs()
+        self._graph: Callable[[], Graph] | None = device.graphs()
         self._watched = {index: _Watched(layers[index]) for index in recordable}
         self._calls: dict[tuple, _Call] = {}
         self._reasons: dict[str, int] = {}
@@ -137,8 +151,10 @@ class LayerGraphs:
 
     def close(self) -> None:
         """Forget all graphs; the parameters may go."""
+        self._forget_given()
         self._watched.clear()
         self._calls.clear()
+        self._graph = None  # and with it the memory that they shared
 
     def run(self, index: int, original: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """`original(*args, **kwargs)` of layer `index`, from its graphs if it can be.
@@ -158,7 +174,7 @@ class LayerGraphs:
         found = call.layers.get(index)
         if found is None and index in call.layers:
             return original(*args, **kwargs)
-        if found is None or found.addresses != self._watched[index].addresses:
+        if found is None or found.places != self._watched[index].places:
             return self._first_time(index, original, args, kwargs)
         if found.proofs < PROOFS:
             return self._prove(index, found, original, args, kwargs)
@@ -206,6 +222,7 @@ class LayerGraphs:
     def _first_time(self, index: int, original: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """Record the layer, and run its own code."""
         call, hidden = self._call, hidden_of(args, kwargs)
+        args, kwargs = replace_hidden(args, kwargs, hidden.clone())  # trials may change what they are given
         call.tries[index] += 1
         if call.tries[index] > TRIES:
             call.layers[index] = None
@@ -228,7 +245,7 @@ class LayerGraphs:
             try:
                 recording = Recording(self._graph, mine, call.cache.layers[index])
                 given = _with(call.inputs, mine, recording, args, kwargs)
-                return recording.record(original, *given, self._watched[index].addresses)
+                return recording.record(original, *given, self._watched[index].places)
             except NotRecorded as reason:
                 call.layers[index] = None
                 self._tell(index, str(reason))
@@ -238,15 +255,18 @@ class LayerGraphs:
 
     def _prove(self, index: int, recorded: Recorded, original: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """What the layer's own code returns; graphs that give anything else, in K and V too, are not used."""
-        cache_layer = self._call.cache.layers[index]
-        recorded.issue(hidden_of(args, kwargs), cache_layer)
+        cache_layer, why = self._call.cache.layers[index], "its graphs give other values than its own code"
+        try:
+            recorded.issue(hidden_of(args, kwargs), cache_layer)
+        except Exception as error:  # noqa: BLE001 - the layer's own code runs without graphs
+            recorded, why = None, f"{type(error).__name__}: {error}"
         out = original(*args, **kwargs)  # last, so that the cache holds what it writes
         given = (first_of(out), *cache_layer.written(1))
-        if all(map(_same, given, (recorded.out, recorded.keys, recorded.values))):
+        if recorded is not None and all(map(_same, given, (recorded.out, recorded.keys, recorded.values))):
             recorded.proofs += 1
         else:
             self._call.layers[index] = None
-            self._tell(index, "its graphs give other values than its own code")
+            self._tell(index, why)
         return out
 
     def _tell(self, index: int, why: str) -> None:
@@ -261,10 +281,22 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _modes(device_type: str) -> tuple:
-    """Torch's settings that decide which kernels run."""
+    """Torch's settings that decide which kernels run.
+
+    Raises:
+        NotRecorded: it is in a mode that must see every operation.
+    """
     if torch.is_autocast_enabled(device_type):
         raise NotRecorded("it runs under autocast, which keeps casted weights for a while")
-    return torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    modes = [*_get_current_dispatch_mode_stack(), *_get_current_function_mode_stack()]
+    if strange := [type(mode).__name__ for mode in modes if not isinstance(mode, DeviceContext)]:
+        raise NotRecorded(f"it runs in torch's mode {strange[0]}")
+    settings = torch.backends.cuda.matmul
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cuda.preferred_blas_library(),
+        *(getattr(settings, name, None) for name in PRECISIONS),
+    )
 
 
 def _kind(value: Any, device: torch.device, tensors: list[torch.Tensor], caches: list[Cache]) -> Any:

@@ -40,7 +40,7 @@ class Recorded:
     Attributes:
         settings: what attention is called with, besides tensors.
         extras: what the layer returns behind the hidden states, all None; None itself where it returns no tuple.
-        addresses: of the layer's parameters when it was recorded.
+        places: of the layer's parameters when it was recorded.
         proofs: how often the graphs were compared with the layer's own code.
     """
 
@@ -54,7 +54,7 @@ class Recorded:
     behind: Graph
     out: torch.Tensor
     extras: tuple[None, ...] | None
-    addresses: list[int]
+    places: list[tuple | None]
     proofs: int = 0
 
     def issue(self, hidden: torch.Tensor, cache_layer: CacheLayer) -> Any:
@@ -86,7 +86,7 @@ class Recording(TorchFunctionMode):
         self._all: tuple[torch.Tensor, torch.Tensor] | None = None  # what stands for the cache's
         self._attention: tuple[torch.Tensor, dict[str, Any], torch.Tensor] | None = None
 
-    def record(self, original: Callable[..., Any], args: tuple, kwargs: dict, addresses: list[int]) -> Recorded:
+    def record(self, original: Callable[..., Any], args: tuple, kwargs: dict, places: list[tuple | None]) -> Recorded:
         """The graphs of `original(*args, **kwargs)`, in which this recording stands for the cache.
 
         Raises:
@@ -107,7 +107,7 @@ class Recording(TorchFunctionMode):
             raise NotRecorded("it returns more than the hidden states")
         query, settings, attended = self._attention
         before, behind = self._graphs
-        return Recorded(self._hidden, before, query, *self._new, settings, attended, behind, first, extras, addresses)
+        return Recorded(self._hidden, before, query, *self._new, settings, attended, behind, first, extras, places)
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
         """Stands for the cache's: nothing is written, and what it returns has the right shapes, and no values."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import threading
 import time
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
 from djinn_core.models.boundary import NullProvider, install
-from djinn_core.models.graphs import LayerGraphs
+from djinn_core.models.graphs import PROOFS, LayerGraphs
 from djinn_core.models.stack import find_stack
+from djinn_core.sessions.edits import Edit
 from djinn_core.turn import Turn
 from tests.gpu.rigs import LAYERS, MIB, cuda_rig
 from tests.sessions.oracle import Oracle, equal, likely, prompt, speak
@@ -55,28 +57,40 @@ def test_a_token_that_was_stopped_goes_on_after_a_swap(rig, layer) -> None:
     session.close()
 
 
+@dataclass(frozen=True, eq=False)
+class Sleeps(Edit):
+    """Keeps the stream busy between two layers, and leaves the boundary as it is."""
+
+    def check(self, shape: torch.Size, dtype: torch.dtype) -> None: ...
+
+    def apply(self, hidden: torch.Tensor) -> torch.Tensor:
+        torch.cuda._sleep(200_000_000)
+        return hidden
+
+
 def test_passes_on_two_streams_do_not_meet(rig) -> None:
     """Graphs read and write the same tensors in every pass, so a pass waits for the one before on another stream."""
     stock, served, device, sessions = rig
     seeds = (1, 2)
     oracles = [Oracle(stock) for _ in seeds]
     opened = [sessions.open(served, max_length=400) for _ in seeds]
-    logits = [oracle.forward(prompt(tokens=100, seed=seed).cuda()) for oracle, seed in zip(oracles, seeds, strict=True)]
-    for session, seed in zip(opened, seeds, strict=True):
-        session.forward(prompt(tokens=100, seed=seed).cuda())
-    wanted = [oracle.greedy(first, 12) for oracle, first in zip(oracles, logits, strict=True)]
-    ids = [[likely(each) for each in (first, *rest[:-1])] for first, rest in zip(logits, wanted, strict=True)]
+    last = []
+    for oracle, session, seed in zip(oracles, opened, seeds, strict=True):
+        ids = prompt(tokens=100, seed=seed).cuda()
+        first = oracle.forward(ids)
+        session.forward(ids)
+        wanted = oracle.greedy(first, PROOFS)
+        assert equal(speak(session, first, PROOFS), wanted)
+        last.append(likely(wanted[-1]))
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     device.synchronize()
-    said: list[list[torch.Tensor]] = [[], []]
-    for token in range(12):  # no host synchronisation in between, as there would be with `likely`
-        for number, session in enumerate(opened):
-            with torch.cuda.stream(streams[number]):
-                if number == 0:
-                    torch.cuda._sleep(2_000_000)
-                said[number].append(session.forward(ids[number][token]))
+    with torch.cuda.stream(streams[0]):
+        one = opened[0].forward(last[0], edits={1: [Sleeps()]})
+    assert not streams[0].query()
+    with torch.cuda.stream(streams[1]):
+        other = opened[1].forward(last[1])
     device.synchronize()
-    assert equal(said[0], wanted[0]) and equal(said[1], wanted[1])
+    assert torch.equal(one, oracles[0].forward(last[0])) and torch.equal(other, oracles[1].forward(last[1]))
     for session in opened:
         session.close()
 
@@ -91,6 +105,10 @@ def test_two_models_do_not_share_what_their_graphs_write(rig) -> None:
     stack = find_stack(second)
     boundary = install(second, stack, NullProvider(), Turn())
     boundary.graphs = LayerGraphs(device, stack.layers, range(LAYERS))
+    (_, pool, stream), (_, own_pool, own_stream) = (
+        each._graph.args for each in (served._djinn_boundary.graphs, boundary.graphs)
+    )
+    assert pool.id != own_pool.id and stream.cuda_stream != own_stream.cuda_stream
     oracles = [Oracle(stock), Oracle(own)]
     opened = [sessions.open(model, max_length=400) for model in (served, second)]
     ids = prompt(tokens=100).cuda()
@@ -165,7 +183,7 @@ class Asks(nn.Module):
 def test_a_layer_that_cannot_be_captured_runs_as_it_is(rig) -> None:
     stock, served, device, sessions = rig
     layers = served.model.layers
-    layers[1].mlp.act_fn = Asks()
+    layers[1].mlp.act_fn = Asks().eval()
     graphs = served._djinn_boundary.graphs = LayerGraphs(device, layers, range(LAYERS))
     oracle, session = Oracle(stock), sessions.open(served, max_length=400)
     first = oracle.forward(prompt(tokens=100).cuda())

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from djinn_core.device.hostgraph import HostGraph
@@ -207,7 +208,20 @@ def another_class(attention: nn.Module) -> None:
     attention.o_proj.__class__ = Doubled
 
 
-ALTER = [another_parameter, other_memory, another_module, another_forward, a_bias, a_parametrization, another_class]
+def another_shape(attention: nn.Module) -> None:
+    attention.o_proj.weight.data = attention.o_proj.weight.data.t()
+
+
+ALTER = [
+    another_shape,
+    another_parameter,
+    other_memory,
+    another_module,
+    another_forward,
+    a_bias,
+    a_parametrization,
+    another_class,
+]
 
 
 @pytest.mark.parametrize("alter", ALTER)
@@ -225,6 +239,100 @@ def unaltered(rig: Rig, weight: torch.Tensor, logits: torch.Tensor) -> torch.Ten
     oracle = Oracle(rig.stock)
     oracle.greedy(oracle.forward(prompt()), PROOFS)
     return oracle.forward(likely(logits))
+
+
+class Sequence(nn.Sequential):
+    """A place where modules may be added."""
+
+
+def test_a_module_that_is_added_is_seen(rig) -> None:
+    for layer in rig.served.model.layers:
+        layer.mlp.act_fn = Sequence(nn.SiLU()).eval()
+    graphs_of(rig)
+    oracle, session, logits = begun(rig)
+    rig.served.model.layers[1].mlp.act_fn.append(nn.Tanh().eval())
+    assert equal(speak(session, logits, 2), oracle.greedy(logits, 2))
+
+
+def test_who_wraps_a_layer_gets_tensors_of_his_own(rig) -> None:
+    _, session, logits = begun(rig)
+    layer, seen = rig.served.model.layers[1], []
+    plain = layer.forward
+
+    def wrapper(*args, **kwargs):
+        seen.append(plain(*args, **kwargs))
+        return seen[-1]
+
+    layer.forward = wrapper
+    speak(session, logits, 3)
+    assert len({tensor.data_ptr() for tensor in seen}) == 3
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value"),
+    [
+        (torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False),
+        (torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    ],
+)
+def test_other_kernels_are_recorded_anew(rig, monkeypatch, owner, name, value) -> None:
+    oracle, session, logits = begun(rig)
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        assert equal(speak(session, logits, 3), oracle.greedy(logits, 3))
+    finally:
+        setattr(owner, name, before)
+    assert rig.graphs.recorded == 2 * LAYERS
+
+
+class Doubling(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return out * 2 if func is nn.functional.silu else out
+
+
+def test_a_mode_sees_every_operation(rig) -> None:
+    oracle, session, logits = begun(rig)
+    with Doubling():
+        assert torch.equal(session.forward(likely(logits)), oracle.forward(likely(logits)))
+    assert set(rig.graphs.refused) == {"it runs in torch's mode Doubling"}
+
+
+class Asks(nn.Module):
+    """An activation that asks the device for a value, which cannot be recorded."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return nn.functional.silu(hidden) * (2 if float(hidden.sum()) > 0 else 1)
+
+
+def test_a_layer_that_asks_for_a_value_is_not_recorded(rig) -> None:
+    rig.served.model.layers[1].mlp.act_fn = Asks().eval()
+    graphs_of(rig)
+    oracle, session = Oracle(rig.served), rig.open()
+    first = session.forward(prompt())
+    assert equal(speak(session, first, 6), oracle.greedy(oracle.forward(prompt()), 6))
+    assert rig.graphs.recorded == LAYERS - 1
+    assert any("needs a value from the device" in why for why in rig.graphs.refused)
+    assert set(rig.graphs.refused.values()) == {1}
+
+
+def test_graphs_that_fail_are_not_used(rig, monkeypatch) -> None:
+    plain, calls = HostGraph.replay, []
+
+    def failing(self: HostGraph) -> None:
+        calls.append(self)
+        if len(calls) == 3:  # the second graph of layer 0, in its first proof
+            raise RuntimeError("launch failed")
+        plain(self)
+
+    monkeypatch.setattr(HostGraph, "replay", failing)
+    oracle, session = Oracle(rig.stock), rig.open()
+    first = oracle.forward(prompt())
+    session.forward(prompt())
+    assert equal(speak(session, first, 4), oracle.greedy(first, 4))
+    assert rig.graphs.recorded == LAYERS - 1
+    assert rig.graphs.refused == {"RuntimeError: launch failed": 0}
 
 
 def test_what_a_class_computes_may_change(rig, monkeypatch) -> None:
@@ -288,7 +396,11 @@ def test_a_layer_that_changes_its_input_is_run_once_on_it(rig) -> None:
     graphs_of(rig)
     oracle, session = Oracle(rig.served), rig.open()
     first = session.forward(prompt())
-    assert equal(speak(session, first, 5), oracle.greedy(oracle.forward(prompt()), 5))
+    said, wanted = speak(session, first, 5), oracle.greedy(oracle.forward(prompt()), 5)
+    assert equal(said, wanted)
+    weight = rig.served.model.layers[2].mlp.up_proj.weight
+    weight.data = weight.data * 2  # now it is recorded again, behind a layer that hands over what its graphs wrote
+    assert equal(speak(session, said[-1], 3), oracle.greedy(wanted[-1], 3))
 
 
 def graphs_of(rig: Rig) -> None:

@@ -64,10 +64,10 @@ def run(exp: harness.Experiment, capped: bool, wanted: list[list[int]]) -> None:
                 if paired and number % 2 == 0:
                     run_uncapped(exp, bench, runtime, workload, seed, wanted)
                 logs.append((f"seed {seed}", run_seed(exp, bench, runtime, workload, seed, capped, wanted)))
-                if capped:
-                    uncontended(exp, bench, runtime, workload, number)
                 if paired and number % 2:
                     run_uncapped(exp, bench, runtime, workload, seed, wanted)
+                if capped:
+                    uncontended(exp, bench, runtime, workload, number)
         finally:
             if capped:
                 swaps.write_log(exp.out.parent / swaps.LOG, logs)
