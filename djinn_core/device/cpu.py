@@ -134,9 +134,13 @@ class CpuDevice(Device):
             record = self._known(handle)
             if record.maps:
                 raise DeviceError(f"handle {handle} is still mapped at {record.maps} places; unmap it first")
-            for offset, size_bytes in record.pieces:
-                libc.punch_hole(self._fd, offset, size_bytes)
-                self._free.give(offset, size_bytes)
+            try:
+                for piece in record.pieces:
+                    libc.punch_hole(self._fd, *piece)
+            except OSError as error:
+                raise DeviceError(f"the memory of handle {handle} could not be given back: {error}") from error
+            for piece in record.pieces:
+                self._free.give(*piece)
             del self._handles[handle]
 
     def reserve(self, size_bytes: int) -> int:

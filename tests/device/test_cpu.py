@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from djinn_core.device import Direction, open_device
+from djinn_core.device import Direction, libc, open_device
 from djinn_core.device.faults import FaultPlan
 from djinn_core.device.spans import FreeSpans
 from djinn_core.errors import DeviceError, OutOfDeviceMemory, PinningRefused, TransferError
@@ -260,3 +260,19 @@ def test_no_copy_is_of_more_than_a_piece(cpu_device, mapped, pinned):
     cpu_device.copy_all(pairs[:1], stream, Direction.H2D, piece_bytes=UNIT // 2)
     stream.synchronize()
     assert plan.counts["copy"] == 4 + 1
+
+
+def test_memory_that_the_system_does_not_take_back_stays_the_handles(cpu_device, monkeypatch):
+    handle = cpu_device.create(UNIT)
+    used = cpu_device.used_bytes()
+    with monkeypatch.context() as broken:
+        broken.setattr(libc, "punch_hole", raising)
+        with pytest.raises(DeviceError, match="could not be given back"):
+            cpu_device.destroy(handle)
+    assert cpu_device.used_bytes() == used
+    cpu_device.destroy(handle)
+    assert cpu_device.used_bytes() == used - UNIT
+
+
+def raising(*_):
+    raise OSError(5, "Input/output error")
