@@ -16,7 +16,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,7 +25,7 @@ from torch import nn
 
 from djinn_core.errors import SessionStateError, UnsupportedModel, UsageError
 from djinn_core.interrupts import Interruptible, Uninterrupted
-from djinn_core.models.layercalls import copied, hidden_of, replace_hidden
+from djinn_core.models.layercalls import copied, first_of, hidden_of, replace_hidden
 
 if TYPE_CHECKING:
     from djinn_core.models.graphs import LayerGraphs
@@ -172,21 +172,14 @@ class Boundary:
             token = None if control is None else RUNNING.set(None)
             self._runner, self._control = threading.get_ident(), control
             try:
-                graphs = None
+                graphs: AbstractContextManager[Any] = nullcontext()
                 if control is not None:
                     control.begin()
-                    graphs = self.graphs
+                    graphs = self.graphs or graphs
                 self.provider.begin_pass(first_layer)
                 try:
-                    if graphs is None:
-                        with Interruptible():
-                            return body(*args, **kwargs)
-                    graphs.begin()
-                    try:
-                        with Interruptible():
-                            return body(*args, **kwargs)
-                    finally:
-                        graphs.end()
+                    with graphs, Interruptible():
+                        return body(*args, **kwargs)
                 finally:
                     self.provider.end_pass()
             finally:
@@ -234,7 +227,7 @@ class Boundary:
             out = run(None, args, kwargs) if control is None else controlled(control, args, kwargs)
             if self.arity is None:
                 self.arity = _ARITY[self._layer_class] = len(out) if type(out) is tuple else 0
-            if provider.inference_only and (out[0] if type(out) is tuple else out).requires_grad:
+            if provider.inference_only and first_of(out).requires_grad:
                 raise UsageError(
                     f"layer {index} ran with gradients, and its weights are streamed: a backward pass would read "
                     "other layers' weights; use torch.inference_mode(), or load with resident_layers='all'"

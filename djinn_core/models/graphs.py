@@ -106,7 +106,7 @@ class _Watched:
 
 
 class LayerGraphs:
-    """The graphs of one model. One pass at a time; `begin` and `end` enclose it.
+    """The graphs of one model. One pass at a time, within `with`.
 
     Args:
         layers: the decoder's.
@@ -135,14 +135,14 @@ class LayerGraphs:
         """Why layers that could be recorded were not, each reason with the first layer that it was found at."""
         return dict(self._reasons)
 
-    def begin(self) -> None:
+    def __enter__(self) -> None:
         """A pass begins on the current stream, behind the one before."""
         stream = self._device.current_stream()
         if self._stream is not None and stream != self._stream:
             stream.wait_event(self._done)
         self._stream = stream
 
-    def end(self) -> None:
+    def __exit__(self, *exception: object) -> None:
         """The pass has ended; what it was given is let go of."""
         self._forget_given()
         self._looked = (-1, False)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from djinn_core.device.hostgraph import HostGraph
 from tests.sessions import rigs
 
 
@@ -27,3 +28,17 @@ def make_rig(tmp_path: Path) -> Iterator[rigs.MakeRig]:
 @pytest.fixture
 def rig(make_rig: rigs.MakeRig) -> rigs.Rig:
     return make_rig()
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[HostGraph]:
+    """Every replay from now on."""
+    seen: list[HostGraph] = []
+    plain = HostGraph.replay
+
+    def replay(self: HostGraph) -> None:
+        seen.append(self)
+        plain(self)
+
+    monkeypatch.setattr(HostGraph, "replay", replay)
+    return seen

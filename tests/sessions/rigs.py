@@ -15,10 +15,11 @@ from djinn_core.device import open_device
 from djinn_core.device.cpu import CpuDevice
 from djinn_core.memory import DiskTier, ExtentPool, HostTier, Kind
 from djinn_core.models.boundary import NullProvider, executed_layers, install
-from djinn_core.models.graphs import LayerGraphs
+from djinn_core.models.graphs import PROOFS, LayerGraphs
 from djinn_core.models.stack import find_stack
 from djinn_core.sessions import Policy, Session, Sessions
 from djinn_core.turn import Turn
+from tests.sessions.oracle import Oracle, prompt, speak
 
 LAYERS = 4
 SMALL = {
@@ -56,6 +57,11 @@ class Rig:
 
     def open(self, max_length: int = 48, batch_size: int = 1) -> Session:
         return self.sessions.open(self.served, max_length=max_length, batch_size=batch_size)
+
+    def use_graphs(self) -> None:
+        """One-token passes come from new graphs, of the model as it is now."""
+        layers = find_stack(self.served).layers
+        self.served._djinn_boundary.graphs = LayerGraphs(self.device, layers, range(LAYERS))
 
     @property
     def graphs(self) -> LayerGraphs:
@@ -109,15 +115,15 @@ def make_rig(
 ) -> Rig:
     stock = stock_model(family, dtype)
     served = copy.deepcopy(stock)
-    stack = find_stack(served)
+    install(served, find_stack(served), NullProvider(), Turn())
     device = open_device("cpu", capacity_bytes=device_bytes)
-    boundary = install(served, stack, NullProvider(), Turn())
-    if graphs:
-        boundary.graphs = LayerGraphs(device, stack.layers, range(LAYERS))
     pool = ExtentPool(device, device_bytes)
     host = HostTier(device, host_bytes)
     disk = DiskTier(folder, disk_bytes) if disk_bytes else None
-    return Rig(stock, served, device, pool, host, disk, Sessions(device, pool, host, disk, policy))
+    rig = Rig(stock, served, device, pool, host, disk, Sessions(device, pool, host, disk, policy))
+    if graphs:
+        rig.use_graphs()
+    return rig
 
 
 def wait_for(reached: Callable[[], object]) -> None:
@@ -129,3 +135,13 @@ def wait_for(reached: Callable[[], object]) -> None:
 
 
 MakeRig = Callable[..., Rig]
+
+
+def begun(rig: Rig) -> tuple[Oracle, Session, torch.Tensor]:
+    """A session whose passes come from graphs, and its oracle, at the same place."""
+    oracle, session = Oracle(rig.served), rig.open()
+    logits = session.forward(prompt())
+    logits = speak(session, logits, PROOFS)[-1]
+    oracle.greedy(oracle.forward(prompt()), PROOFS)
+    assert rig.graphs.recorded == LAYERS
+    return oracle, session, logits
