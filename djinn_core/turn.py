@@ -5,6 +5,8 @@ many callers it starves some. Here each waiter owns a lock of its own, and a rel
 The holder may take the turn again (a session holds it around a pass that takes it too); it passes on when the
 outermost hold ends.
 
+Who would hold the turn only to wait for copies asks first whether it is `wanted` by others, and waits outside of it.
+
 Who resumes a session has a little to issue before it asks for its turn, and what it issues first is the copies that it
 will wait for. `Way` lets it: passes and workers give way between two of their steps.
 """
@@ -19,6 +21,7 @@ from types import TracebackType
 
 from djinn_core.interrupts import Uninterrupted, acquire
 
+LATELY_S = 0.02  # who generates comes back within a token's time
 PATIENCE_S = 0.005  # a resume begins within one or two milliseconds
 
 
@@ -30,6 +33,7 @@ class Turn:
         self._waiting: deque[tuple[int, threading.Lock]] = deque()
         self._owner: int | None = None
         self._depth = 0
+        self._last = self._other = (0, -math.inf)  # the last thread that had it, and the last other one: until when
 
     @property
     def held(self) -> bool:
@@ -41,6 +45,17 @@ class Turn:
         """How many callers wait for the turn now."""
         with self._mutex:
             return len(self._waiting)
+
+    @property
+    def wanted(self) -> bool:
+        """Another thread has the turn, waits for it, or had it less than `LATELY_S` ago: it would use the time."""
+        me, owner = threading.get_ident(), self._owner
+        if owner is not None:
+            return owner != me
+        thread, until_s = self._last
+        if thread == me:
+            _, until_s = self._other
+        return time.perf_counter() - until_s < LATELY_S
 
     def acquire(self) -> None:
         """Wait for the turn, behind all who asked before. Ctrl-C ends the wait."""
@@ -79,12 +94,16 @@ class Turn:
         Raises:
             RuntimeError: the calling thread does not have the turn.
         """
-        if self._owner != threading.get_ident():
+        me = threading.get_ident()
+        if self._owner != me:
             raise RuntimeError("the turn is released by a thread that does not have it")
         if self._depth > 1:
             self._depth -= 1
             return
         with self._mutex:
+            if self._last[0] != me:
+                self._other = self._last
+            self._last = (me, time.perf_counter())
             if not self._waiting:
                 self._owner, self._depth = None, 0
                 return

@@ -29,6 +29,7 @@ from djinn_core.models.layercalls import copied, first_of, hidden_of, replace_hi
 
 if TYPE_CHECKING:
     from djinn_core.models.graphs import LayerGraphs
+    from djinn_core.turn import Turn
 
 
 class WeightsProvider(Protocol):
@@ -52,11 +53,13 @@ class PassControl(Protocol):
     `enter` returns, at layer L, or after the last layer when L is the number of layers. `enter` is called once in
     every pass, also when `first_layer` is 0 (then it is given the embeddings, and usually returns them). At layer
     `stop_before`, if any, `stop` is given what that layer would receive, a user's hooks included, and ends the pass.
-    `begin` is called when the pass has its turn, and has issued nothing yet.
+    `before_turn` is called before the pass asks for its turn, and `begin` when it has it, and has issued nothing yet.
     """
 
     first_layer: int
     stop_before: int | None
+
+    def before_turn(self, turn: Turn) -> None: ...
 
     def begin(self) -> None: ...
 
@@ -133,7 +136,7 @@ class Boundary:
         decoder: nn.Module,
         layers: nn.ModuleList,
         provider: WeightsProvider,
-        turn: AbstractContextManager[Any],
+        turn: Turn,
     ) -> None:
         self.provider = provider
         self.executed = [0] * len(layers)
@@ -168,6 +171,8 @@ class Boundary:
         """Run `body` as one pass: the turn, the provider, and the control that the layers see."""
         if not 0 <= first_layer <= self._count:
             raise UsageError(f"a pass cannot enter at layer {first_layer}: the model has {self._count} layers")
+        if control is not None:
+            control.before_turn(self._turn)
         with Uninterrupted(), self._turn:
             token = None if control is None else RUNNING.set(None)
             self._runner, self._control = threading.get_ident(), control
@@ -252,7 +257,7 @@ def install(
     model: nn.Module,
     stack: Any,
     provider: WeightsProvider,
-    turn: AbstractContextManager[Any],
+    turn: Turn,
 ) -> Boundary:
     """Wrap `stack.decoder` and each of `stack.layers`, once and for good.
 

@@ -1,14 +1,14 @@
 """The link to the device: bring-ins under way share it step by step, the most urgent first.
 
-A resume's first layer is issued by the thread that resumes, on a stream of its own beside the rest, if nobody has to be
-waited for: it wants that layer before anything else, and a worker would first have to wake and to get the interpreter.
-One worker issues what comes after. Before each step it asks again who is the most urgent, and it keeps so little in
-flight that a more urgent one begins within two steps' time and a map's, and so much that the link never idles. While
-that much is on its way the worker maps the steps that come next. A second worker does what may take long, so that the
-first never does: reading from disk, evicting, waiting for other sessions' transfers, and looking ahead.
+A resume's first layer is issued by the thread that resumes, if nobody has to be waited for: it wants that layer before
+anything else, and a worker would first have to wake and to get the interpreter. One worker issues what comes after.
+Before each step it asks again who is the most urgent, and it keeps so much in flight that the link never idles; where
+there are several callers, so little that who resumes meanwhile waits for two layers at most. While that much is on its
+way the worker maps the steps that come next. A second worker does what may take long, so that the first never does:
+reading from disk, evicting, waiting for other sessions' transfers, and looking ahead.
 
-Not taken: a stream for each session. The copy engine would serve them in turn, and a resume's first layer would get a
-share of the link instead of all of it.
+Not taken: to issue whole sessions, each on a stream of its own. A copy engine serves in the order of issue, whatever
+the streams, and a resume's first layer would wait for all that came before.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from djinn_core.device.base import Event
 from djinn_core.errors import DeviceError
+from djinn_core.sessions import bringin
 from djinn_core.sessions.ahead import look_ahead
 
 if TYPE_CHECKING:
@@ -174,8 +175,9 @@ class Link:
         """Whether another step may be issued."""
         while self._flying and self._arrived(self._flying[0][1]):
             self._flying.popleft()  # nobody else takes anything out
+        limit_bytes = min(bringin.SHARED_BYTES, IN_FLIGHT_BYTES) if self._pager.shared else IN_FLIGHT_BYTES
         with self._changed:
-            return sum(size_bytes for _, _, size_bytes in self._flying) <= IN_FLIGHT_BYTES
+            return sum(size_bytes for _, _, size_bytes in self._flying) <= limit_bytes
 
     def _wait_for_oldest(self) -> None:
         """Wait for the oldest in flight; someone else may be the most urgent then."""

@@ -28,6 +28,7 @@ from djinn_core.memory.disktier import DiskTier
 from djinn_core.memory.extents import ExtentPool
 from djinn_core.memory.hosttier import HostTier
 from djinn_core.sessions.admission import admit
+from djinn_core.sessions.ahead import Callers
 from djinn_core.sessions.blocks import Block, BlockTable, Layout
 from djinn_core.sessions.bringin import BringIn
 from djinn_core.sessions.holding import Holding
@@ -45,6 +46,7 @@ class Pager(Writer):
 
     Attributes:
         link: bring-ins under way.
+        callers: how many there are, who may resume while others do.
     """
 
     def __init__(
@@ -57,8 +59,14 @@ class Pager(Writer):
     ) -> None:
         super().__init__(device, pool, host, disk, policy)
         self._closed = False
+        self.callers = Callers()
         self.link = Link(self)
         self.link.start()
+
+    @property
+    def shared(self) -> bool:
+        """Another caller may resume at any time; what the link has in flight by then, he waits for."""
+        return self.callers.most(time.monotonic()) > 1
 
     def open(self, layout: Layout, boundary_bytes: int) -> Holding:
         """Admit a session that may become as long as `layout` says. It holds no device memory yet.

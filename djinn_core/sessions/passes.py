@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from djinn_core.interrupts import Uninterrupted
+from djinn_core.interrupts import Uninterrupted, wait_for
 from djinn_core.models.boundary import PassStopped
 from djinn_core.sessions.edits import apply_edits
 from djinn_core.sessions.inputs import EditsByLayer
-from djinn_core.turn import Way
+from djinn_core.turn import Turn, Way
 
 if TYPE_CHECKING:
     from djinn_core.device.base import Stream
     from djinn_core.sessions.behind import Behind
     from djinn_core.sessions.bringin import BringIn
+
+LOOK_S = 0.005  # how often a pass that lets others go first looks whether they do
 
 
 class Control:
@@ -59,6 +61,12 @@ class Control:
         self._keep = keep
         self._behind = behind
 
+    def before_turn(self, turn: Turn) -> None:
+        last = self._last if self.stop_before is None else self.stop_before
+        for job in self._jobs:
+            if not job.by_pass:
+                _let_go_first(job, self.first_layer, last, turn)
+
     def begin(self) -> None:
         self._way.give()  # whoever had the turn before is often about to resume another session
 
@@ -91,3 +99,17 @@ class Control:
         with Uninterrupted():
             self._keep(hidden)
         raise PassStopped
+
+
+def _let_go_first(job: BringIn, first: int, last: int, turn: Turn) -> None:
+    """Return when layers `first` to `last` - 1 have been issued, or when nobody else wants the `turn` meanwhile.
+
+    A pass that took its turn before would hold it while its layers come, and the device would wait with it.
+    """
+
+    def come() -> bool:
+        return job.done or job.cancelled or 0 not in job.issued[first:last]
+
+    with job.changed:
+        while not come() and turn.wanted:
+            wait_for(job.changed, come, LOOK_S)

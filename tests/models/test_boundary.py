@@ -53,6 +53,9 @@ class Control:
         self.stop_before = None if stop_after is None else stop_after + 1
         self.kept = {}
 
+    def before_turn(self, turn):
+        assert not turn.held
+
     def begin(self):
         assert not self.kept
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ import torch
 from djinn_core.device.faults import FaultPlan
 from djinn_core.errors import DeviceError
 from djinn_core.memory.regions import Region
-from djinn_core.sessions import Session, SessionState, bringin, link
+from djinn_core.sessions import Session, SessionState, ahead, bringin, link
+from djinn_core.sessions.holding import Use
 from tests.sessions.oracle import Oracle, prompt
 from tests.sessions.rigs import LAYERS, MakeRig, Rig, wait_for
 
@@ -276,6 +278,28 @@ def test_a_step_is_one_map_and_one_call_for_its_copies(two_by_two: Rig, monkeypa
     assert job.arrival[1] is job.arrival[2] is not job.arrival[3]
 
 
+@pytest.mark.parametrize(("callers", "steps", "flying"), [(1, [1, 2, 1], 1), (2, [1, 1, 1, 1], 0)])
+def test_little_is_in_flight_where_others_may_resume(
+    two_by_two: Rig, monkeypatch: pytest.MonkeyPatch, callers: int, steps: list[int], flying: int
+) -> None:
+    """What is, their first layers would wait for."""
+    session, copied, beside = released(two_by_two, 1), [], []
+    pager, copy_all = two_by_two.sessions.pager, two_by_two.device.copy_all
+
+    def watched(pairs, *args, **options):
+        copied.append(len(pairs))
+        beside.append(sum(not event.query() for _, event, _ in pager.link._flying))
+        copy_all(pairs, *args, **options)
+
+    monkeypatch.setattr(two_by_two.device, "copy_all", watched)
+    monkeypatch.setattr(bringin, "SHARED_BYTES", 1)
+    pager.callers.see(callers, time.monotonic())
+    two_by_two.device.link_gbps = LINK_GBPS
+    session.resume()
+    session.wait_until("restored", 10)
+    assert copied == steps and max(beside) == flying
+
+
 def test_room_is_made_before_anyone_needs_it(make_rig: MakeRig) -> None:
     rig = make_rig(device_bytes=8 * SESSION_BYTES)
     pager = rig.sessions.pager
@@ -294,6 +318,38 @@ def test_room_is_made_before_anyone_needs_it(make_rig: MakeRig) -> None:
     away.wait_until("restored", 10)
     kinds = [event.event for event in list(pager.events)[before:]]
     assert "swap_in" in kinds and "evict" not in kinds[: kinds.index("swap_in")]
+
+
+def test_room_is_kept_for_as_many_callers_as_there_are(make_rig: MakeRig) -> None:
+    """They have paused, and will come back together. To be open, or to run, does not make a caller."""
+    rig = make_rig(device_bytes=8 * SESSION_BYTES)
+    sessions = [rig.open() for _ in range(12)]
+    callers = rig.sessions.pager.callers
+    with ExitStack() as calls:
+        for session in sessions[:3]:
+            session.forward(prompt())
+            calls.enter_context(Use(session._holding, "be called"))
+        wait_for(lambda: callers.most(time.monotonic()) == 3)
+    for session in sessions:
+        if session not in sessions[:3]:
+            session.forward(prompt())
+        session.pause()
+        session.wait_until("clean", 10)
+    wait_for(lambda: 3 * SESSION_BYTES <= rig.pool.free_bytes < 5 * SESSION_BYTES)
+    time.sleep(4 * link.TICK_S)
+    assert rig.pool.free_bytes < 5 * SESSION_BYTES
+
+
+def test_callers_are_forgotten_in_the_end() -> None:
+    callers, half_s = ahead.Callers(), ahead.CALLERS_S / 2
+    seen = []
+    for count, now_s in ((1, 0.0), (3, 1.0), (1, 2.0), (2, half_s + 1), (1, 2 * half_s), (1, 2 * half_s + 2)):
+        callers.see(count, now_s)
+        seen.append(callers.most(now_s))
+    assert seen == [1, 3, 3, 3, 3, 2], "the time of the three is over"
+    assert callers.most(9 * half_s) == 0, "nobody looked for long"
+    callers.see(0, 9 * half_s)
+    assert callers.most(9 * half_s) == 0
 
 
 def test_nobody_is_evicted_while_all_fit(make_rig: MakeRig) -> None:

@@ -46,8 +46,6 @@ def main() -> None:
     if args.system == "djinn":
         swaps.write_log(args.out.parent / swaps.LOG, [("no event: the result says why", ())])  # a run overwrites it
     with harness.experiment(args, experiment="pressure", system=args.system) as exp, torch.inference_mode():
-        # without a GPU a caller computes, with threads that start where it is
-        exp.config["callers_core"] = max(os.sched_getaffinity(0)) if exp.is_gpu else None
         gc.disable()  # every thread would wait for a collection, and one turn would be charged with it
         if args.system in ("djinn", "djinn_uncapped"):
             served_run.run(exp, capped=args.system == "djinn", wanted=wanted_tokens(exp))
@@ -198,9 +196,9 @@ def take_rounds(
     def done(tenant: Tenant, times: TurnTimes) -> None:
         record_times(exp, times, dims)
 
-    cpu_s, core = 0.0, exp.config["callers_core"]
+    cpu_s = 0.0
     for round_index in range(workload.rounds):
-        cpu_s += run_turns(tenants, workload.order(seed, round_index), callers, core, done)
+        cpu_s += run_turns(tenants, workload.order(seed, round_index), callers, done)
     exp.result.sample("caller_cpu_s", cpu_s, "s", **dims)
 
 

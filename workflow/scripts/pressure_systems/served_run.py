@@ -25,7 +25,7 @@ from workflow.scripts import pressure
 from workflow.scripts.pressure_systems import swaps
 from workflow.scripts.pressure_systems.served import ServedTenant
 from workflow.scripts.pressure_systems.trace import MemoryTrace
-from workflow.scripts.pressure_systems.workload import Workload, on_one_core
+from workflow.scripts.pressure_systems.workload import Workload, call_together
 from workflow.scripts.resume import make_bench, note_graphs
 from workflow.scripts.resume_methods.base import Bench
 
@@ -247,7 +247,7 @@ def uncontended(exp: harness.Experiment, bench: Bench, runtime: djinn.Runtime, w
                 times = tenant.turn()
                 pressure.record_times(exp, times, {"method": "djinn_uncontended", "warmup": repeat == 0})
 
-    on_one_core(1, exp.config["callers_core"], call)
+    call_together(1, call)
     tenant.close()
 
 
@@ -303,7 +303,7 @@ def think(
                         heapq.heappush(due, (time.monotonic() + pause_s, turn + 1, number))
                     condition.notify_all()
 
-    on_one_core(exp.config["callers"], exp.config["callers_core"], serve)
+    call_together(exp.config["callers"], serve)
     share = np.mean(
         [r["value"] for r in exp.result.samples if r["metric"] == "found_resident" and r["variant"] == variant]
     )

@@ -7,7 +7,6 @@ turn's tokens are compared with a stock model that never paused.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -110,16 +109,10 @@ def reference_tokens(model: PreTrainedModel, workload: Workload, session: int) -
     return tokens
 
 
-def on_one_core(callers: int, core: int | None, work: Callable[[], None]) -> float:
-    """Run `work` in `callers` threads, all on `core` (None: where the system puts them), until all have ended.
-
-    Python runs one of them at a time anyway, and on a core of its own each finds what the other one has written last.
-    Returns the seconds of processor that the threads took.
-    """
+def call_together(callers: int, work: Callable[[], None]) -> float:
+    """Run `work` in `callers` threads until all have ended; returns the seconds of processor that they took."""
 
     def call() -> float:
-        if core is not None:
-            os.sched_setaffinity(0, {core})
         begin_s = time.thread_time()
         work()
         return time.thread_time() - begin_s
@@ -129,13 +122,9 @@ def on_one_core(callers: int, core: int | None, work: Callable[[], None]) -> flo
 
 
 def run_turns(
-    tenants: list[Tenant],
-    order: list[int],
-    callers: int,
-    core: int | None,
-    done: Callable[[Tenant, TurnTimes], None],
+    tenants: list[Tenant], order: list[int], callers: int, done: Callable[[Tenant, TurnTimes], None]
 ) -> float:
-    """Give everyone in `order` a turn, `callers` of them at a time, on `core`; `done` is called under a lock.
+    """Give everyone in `order` a turn, `callers` of them at a time; `done` is called under a lock.
 
     With more than one caller, a session is brought back while another computes. Returns the callers' seconds of
     processor.
@@ -154,7 +143,7 @@ def run_turns(
                 with lock:
                     done(tenants[number], times)
 
-    return on_one_core(callers, core, work)
+    return call_together(callers, work)
 
 
 class Timer:
