@@ -196,8 +196,9 @@ def fail(*_):
 
 def test_sessions_work_on_a_streamed_model():
     want = answers(stock(LLAMA, torch.float32))[1]
-    with Runtime("cpu", budget_bytes=6 * MIB, **HOST) as runtime:
+    with Runtime("cpu", budget_bytes=5 * MIB, **HOST) as runtime:
         model = runtime.load(LLAMA, dtype="float32", resident_layers="none", slots=3)
+        assert sum(p.nbytes for p in stock(LLAMA, torch.float32).parameters()) > runtime.budget_bytes
         with runtime.open_session(model, max_length=32, batch_size=2) as session:
             session.forward(IDS, MASK, stop_after=4)
             session.pause(release=True)

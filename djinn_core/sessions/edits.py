@@ -7,8 +7,9 @@ hooks that receive the tensor, which nothing can check, store or send.
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,29 @@ def _tensor(value: Any, what: str) -> torch.Tensor:
     raise EditError(f"{what} is a {type(value).__name__}; give a torch tensor, a NumPy array, or edits.from_file(…)")
 
 
+def _whole(value: Any) -> int | None:
+    """A whole number, of Python, NumPy or torch; None if it is something else."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def _numbers(given: Any, lowest: int, end: int, what: str, range_: str) -> list[int]:
+    """The whole numbers of a sequence, each from `lowest` to `end` - 1.
+
+    Raises:
+        EditError: one is not, or there is none.
+    """
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise EditError(f"{what} {given!r}: give a sequence of whole numbers, such as [{lowest}]; {range_}")
+    numbers = [(value, _whole(value)) for value in given]
+    wrong = [value for value, number in numbers if number is None or not lowest <= number < end]
+    if wrong or not numbers:
+        raise EditError(f"{what} {wrong}: {range_}")
+    return [number for _, number in numbers]
+
+
 def _places(positions: Positions, tokens: int, what: str) -> list[int] | None:
     """Positions counted from 0, or None for all.
 
@@ -38,12 +62,8 @@ def _places(positions: Positions, tokens: int, what: str) -> list[int] | None:
     """
     if positions is None:
         return None
-    wrong = [p for p in positions if isinstance(p, bool) or not isinstance(p, int) or not -tokens <= p < tokens]
-    if wrong or not len(positions):
-        raise EditError(
-            f"{what} at positions {wrong or []}: the pass has {tokens} tokens, positions {-tokens} to {tokens - 1}"
-        )
-    return [p % tokens for p in positions]
+    range_ = f"the pass has {tokens} tokens, positions {-tokens} to {tokens - 1}"
+    return [place % tokens for place in _numbers(positions, -tokens, tokens, f"{what} at positions", range_)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,16 +215,14 @@ class Ablate(Edit):
         _places(self.positions, shape[1], "Ablate")
         width = shape[2]
         if self.channels is not None:
-            wrong = [c for c in self.channels if isinstance(c, bool) or not isinstance(c, int) or not 0 <= c < width]
-            if wrong or not len(self.channels):
-                raise EditError(f"Ablate of channels {wrong}: the boundary has channels 0 to {width - 1}")
+            _numbers(self.channels, 0, width, "Ablate of channels", f"the boundary has channels 0 to {width - 1}")
 
     def apply(self, hidden: torch.Tensor) -> torch.Tensor:
         def zeroed(part: torch.Tensor) -> torch.Tensor:
             if self.channels is None:
                 return torch.zeros_like(part)
             out = part.clone()
-            out[..., torch.tensor(list(self.channels), device=hidden.device)] = 0
+            out[..., torch.tensor([_whole(channel) for channel in self.channels], device=hidden.device)] = 0
             return out
 
         return _update(hidden, _places(self.positions, hidden.shape[1], "Ablate"), zeroed)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from djinn_core.device.base import Event
 
-EVENTS_KEPT = 100_000
+EVENTS_KEPT = 10_000  # with two timing events each, some 20 MB
 
 
 @dataclass(frozen=True)

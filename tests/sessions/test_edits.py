@@ -38,6 +38,13 @@ def test_scale_replace_and_ablate() -> None:
     assert not out[:, 3, [0, 7]].any() and torch.equal(out[:, 3, 1:7], HIDDEN[:, 3, 1:7])
 
 
+def test_positions_and_channels_of_numpy_and_torch() -> None:
+    out = applied(Add(VECTOR, positions=np.array([0, -1])))
+    assert torch.equal(out, applied(Add(VECTOR, positions=(0, 4))))
+    out = applied(Ablate(positions=torch.tensor([3]), channels=np.arange(2)))
+    assert torch.equal(out, applied(Ablate(positions=(3,), channels=(0, 1))))
+
+
 def test_nothing_is_left_along_a_direction_projected_out() -> None:
     out = applied(ProjectOut(VECTOR, positions=(2,)))
     assert torch.allclose(out[:, 2] @ VECTOR, torch.zeros(2), atol=1e-5)
@@ -50,6 +57,10 @@ def test_nothing_is_left_along_a_direction_projected_out() -> None:
         (lambda: Add(torch.ones(7)), r"shape \(7,\).*= \(2, 5, 8\)"),
         (lambda: Add(torch.ones(8, dtype=torch.float16)), "float16, the boundary is torch.float32"),
         (lambda: Add(VECTOR, positions=(5,)), r"positions \[5\]: the pass has 5 tokens, positions -5 to 4"),
+        (lambda: Add(VECTOR, positions=-1), r"positions -1: give a sequence of whole numbers, such as \[-5\]"),
+        (lambda: Add(VECTOR, positions=(0, 1.0, True)), r"positions \[1.0, True\]: the pass has 5 tokens"),
+        (lambda: Scale(2, positions=[]), r"positions \[\]: the pass has 5 tokens"),
+        (lambda: Ablate(channels=3), "channels 3: give a sequence"),
         (lambda: Add([1.0]), "a list; give a torch tensor"),
         (lambda: Replace(torch.ones((3, 8)), positions=(0, 1)), r"\(2, 2, 8\)"),
         (lambda: ProjectOut(torch.zeros(8)), "no length"),
@@ -98,6 +109,33 @@ def test_steering_changes_the_output_and_leaves_the_checkpoint(rig: Rig) -> None
     assert torch.equal(edited, wanted)
     passing = rig.open().forward(prompt(), edits={2: [Scale(0.9), Add(torch.ones(64), positions=(-1,))]})
     assert torch.equal(passing, wanted)
+
+
+def test_every_edit_from_every_source_equals_the_stock_model_edited_there(rig: Rig, tmp_path) -> None:
+    """The stock model's own layer returns what the edit makes of it."""
+    width = rig.served.config.hidden_size
+    vector = torch.randn(width, generator=torch.Generator().manual_seed(3))
+    save_file({"direction": vector}, tmp_path / "edit.safetensors")
+    session = rig.open()
+    stopped = session.forward(prompt(), stop_after=2)
+    read = edits.from_file(tmp_path / "edit.safetensors", "direction")
+    for tensor in (vector, vector.numpy(), read):
+        for edit in (
+            Add(tensor, positions=(-1,)),
+            Replace(tensor, positions=(0,)),
+            ProjectOut(tensor),
+            Scale(0.5, positions=(1, 2)),
+            Ablate(channels=(3,)),
+        ):
+            hook = rig.stock.model.layers[1].register_forward_hook(lambda _, __, out, edit=edit: edited(out, edit))
+            want = Oracle(rig.stock).forward(prompt())
+            hook.remove()
+            assert torch.equal(session.resume(stopped, edits=[edit]), want), edit
+    assert torch.equal(session.resume(stopped), Oracle(rig.stock).forward(prompt()))
+
+
+def edited(out, edit):
+    return (edit.apply(out[0]), *out[1:]) if isinstance(out, tuple) else edit.apply(out)
 
 
 def test_an_edit_that_does_not_fit_leaves_the_session_as_it_was(rig: Rig) -> None:

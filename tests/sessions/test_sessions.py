@@ -6,7 +6,9 @@ import copy
 import gc
 import threading
 import time
+import tracemalloc
 import weakref
+from collections import deque
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ from djinn_core.sessions import Breakpoint, Scale, SessionState
 from djinn_core.sessions.kvcache import positions_in_table
 from djinn_core.turn import Turn
 from tests.sessions.oracle import Oracle, prompt
-from tests.sessions.rigs import LAYERS, MakeRig, Rig, stock_model
+from tests.sessions.rigs import LAYERS, MakeRig, Rig, stock_model, wait_for
 
 
 def step(session, logits: torch.Tensor) -> torch.Tensor:
@@ -305,21 +307,26 @@ def test_different_sessions_at_once(make_rig: MakeRig) -> None:
 
 
 def test_a_thousand_cycles_do_not_drift(rig: Rig) -> None:
+    rig.sessions.pager.events = deque(maxlen=100)  # what is logged stays, up to a bound
     session = rig.open()
-    session.forward(prompt(), stop_after=2)
-    checkpoint = session.checkpoints[0]
-    marks = []
+    checkpoint = session.forward(prompt(), stop_after=2)
+    marks, python_bytes = [], []
+    tracemalloc.start()
     for cycle in range(1000):
         session.pause(release=cycle % 2 == 0)
         if cycle % 2 == 0:
             session.wait_until("released", 10)
         logits = session.resume(checkpoint)
-        if cycle in (9, 999):
+        if cycle in (99, 999):
             session.pause(release=True)
-            session.wait_until("released", 10)
+            wait_for(lambda: session.state is SessionState.SWAPPED and rig.device.used_bytes() == rig.pool.held_bytes)
+            gc.collect()
+            python_bytes.append(tracemalloc.get_traced_memory()[0])
             marks.append((rig.pool.held_bytes, rig.host.held_bytes, rig.host.pinned_bytes))
             session.resume(checkpoint)
+    tracemalloc.stop()
     assert marks[0] == marks[1]
+    assert python_bytes[1] - python_bytes[0] < 100_000, python_bytes
     assert torch.equal(logits, Oracle(rig.stock).forward(prompt()))
 
 

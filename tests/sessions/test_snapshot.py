@@ -118,6 +118,10 @@ def test_a_foreign_folder_is_refused(make_rig: MakeRig, tmp_path: Path) -> None:
     session.save(tmp_path / "saved")
     with pytest.raises(IntegrityError, match="another model"):
         load_session(tmp_path / "saved", other.served, other.sessions)
+    with torch.no_grad():
+        rig.served.model.layers[1].mlp.down_proj.weight[0, 0] += 1
+    with pytest.raises(IntegrityError, match="another model"):  # the same but for one weight
+        load_session(tmp_path / "saved", rig.served, rig.sessions)
     save_file({"x": torch.ones(1)}, tmp_path / "file")
     with pytest.raises(IntegrityError, match="no saved session"):
         load_session(tmp_path, rig.served, rig.sessions)
