@@ -5,7 +5,7 @@ many callers it starves some. Here each waiter owns a lock of its own, and a rel
 The holder may take the turn again (a session holds it around a pass that takes it too); it passes on when the
 outermost hold ends.
 
-Who would hold the turn only to wait for copies asks first whether it is `wanted` by others, and waits outside of it.
+Who would hold the turn only to wait for copies is not ready for it: he keeps his place, and others go first meanwhile.
 
 Who resumes a session has a little to issue before it asks for its turn, and what it issues first is the copies that it
 will wait for. `Way` lets it: passes and workers give way between two of their steps.
@@ -17,20 +17,32 @@ import math
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 
-from djinn_core.interrupts import Uninterrupted, acquire
+from djinn_core.interrupts import Uninterrupted, acquire, act
 
 LATELY_S = 0.02  # who generates comes back within a token's time
+LOOK_S = 0.002  # how often who is not ready for the turn looks whether it is free
 PATIENCE_S = 0.005  # a resume begins within one or two milliseconds
 
 
+@dataclass(frozen=True, eq=False)
+class _Ticket:
+    """A place in the queue. `gate` is opened by who hands the turn on; without `ready`, its thread always is."""
+
+    thread: int
+    gate: threading.Lock
+    ready: Callable[[], bool] | None
+
+
 class Turn:
-    """A fair, re-entrant lock: first come, first served."""
+    """A fair, re-entrant lock: first come, first served, of those who are ready."""
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()
-        self._waiting: deque[tuple[int, threading.Lock]] = deque()
+        self._waiting: deque[_Ticket] = deque()  # while nobody has the turn, none of them is ready
         self._owner: int | None = None
         self._depth = 0
         self._last = self._other = (0, -math.inf)  # the last thread that had it, and the last other one: until when
@@ -46,42 +58,66 @@ class Turn:
         with self._mutex:
             return len(self._waiting)
 
-    @property
-    def wanted(self) -> bool:
-        """Another thread has the turn, waits for it, or had it less than `LATELY_S` ago: it would use the time."""
-        me, owner = threading.get_ident(), self._owner
-        if owner is not None:
-            return owner != me
-        thread, until_s = self._last
-        if thread == me:
-            _, until_s = self._other
-        return time.perf_counter() - until_s < LATELY_S
+    def acquire(self, ready: Callable[[], bool] | None = None) -> None:
+        """Wait for the turn, behind all who asked before and are ready. Ctrl-C ends the wait.
 
-    def acquire(self) -> None:
-        """Wait for the turn, behind all who asked before. Ctrl-C ends the wait."""
+        Args:
+            ready: asked now and then, and quick to answer. Who is not ready gets the turn all the same when nobody else
+                uses it: no other thread had it for `LATELY_S`, but for those who wait behind.
+        """
         with Uninterrupted():
-            self._acquire()
+            self._acquire(ready)
 
-    def _acquire(self) -> None:
+    def when(self, ready: Callable[[], bool] | None) -> _When:
+        """`with turn.when(ready)` is `with turn`, as soon as it is `ready`."""
+        return _When(self, ready)
+
+    def _acquire(self, ready: Callable[[], bool] | None) -> None:
         me = threading.get_ident()
         if self._owner == me:
             self._depth += 1
             return
         with self._mutex:
-            if self._owner is None:
-                self._owner, self._depth = me, 1
-                return
-            gate = threading.Lock()
-            gate.acquire()
-            ticket = (me, gate)
+            ticket = _Ticket(me, threading.Lock(), ready)
             self._waiting.append(ticket)
+            if self._owner is None and self._may_take(ticket):
+                self._hand_to(ticket)
+                return
+            ticket.gate.acquire()
         try:
-            acquire(gate)
+            self._wait(ticket)
         except BaseException:  # an interrupt while waiting: the turn must not be handed to one who left
             self._leave(ticket)
             raise
 
-    def _leave(self, ticket: tuple[int, threading.Lock]) -> None:
+    def _wait(self, ticket: _Ticket) -> None:
+        if ticket.ready is None:
+            acquire(ticket.gate)
+            return
+        while not ticket.gate.acquire(timeout=LOOK_S):
+            act()
+            with self._mutex:
+                if self._owner is None and self._may_take(ticket):
+                    self._hand_to(ticket)
+                    return
+
+    def _may_take(self, ticket: _Ticket) -> bool:
+        """Nobody has the turn. The mutex is held."""
+        if ticket.ready is None or ticket.ready():
+            return True
+        return ticket is self._waiting[0] and not self._used_lately(ticket.thread)
+
+    def _used_lately(self, me: int) -> bool:
+        """By a thread that does not wait itself, and will come back."""
+        thread, until_s = self._last if self._last[0] != me else self._other
+        recent = time.perf_counter() - until_s < LATELY_S
+        return recent and all(ticket.thread != thread for ticket in self._waiting)
+
+    def _hand_to(self, ticket: _Ticket) -> None:
+        self._waiting.remove(ticket)
+        self._owner, self._depth = ticket.thread, 1
+
+    def _leave(self, ticket: _Ticket) -> None:
         with self._mutex:
             if ticket in self._waiting:
                 self._waiting.remove(ticket)
@@ -89,7 +125,7 @@ class Turn:
         self.release()
 
     def release(self) -> None:
-        """End one hold; the outermost one hands the turn to the oldest waiter.
+        """End one hold; the outermost one hands the turn to the oldest waiter that is ready.
 
         Raises:
             RuntimeError: the calling thread does not have the turn.
@@ -104,12 +140,12 @@ class Turn:
             if self._last[0] != me:
                 self._other = self._last
             self._last = (me, time.perf_counter())
-            if not self._waiting:
-                self._owner, self._depth = None, 0
+            self._owner, self._depth = None, 0
+            ticket = next((each for each in self._waiting if each.ready is None or each.ready()), None)
+            if ticket is None:
                 return
-            self._owner, gate = self._waiting.popleft()
-            self._depth = 1
-        gate.release()
+            self._hand_to(ticket)
+        ticket.gate.release()
 
     def __enter__(self) -> Turn:
         self.acquire()
@@ -119,6 +155,20 @@ class Turn:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+class _When:
+    """The turn, from when somebody is ready for it."""
+
+    def __init__(self, turn: Turn, ready: Callable[[], bool] | None) -> None:
+        self._turn = turn
+        self._ready = ready
+
+    def __enter__(self) -> None:
+        self._turn.acquire(self._ready)
+
+    def __exit__(self, *exception: object) -> None:
+        self._turn.release()
 
 
 class Way:

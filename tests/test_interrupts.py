@@ -20,6 +20,7 @@ from djinn_core.interrupts import Interruptible, Uninterrupted, wait_for
 from djinn_core.models.seeded import SeededSource
 from djinn_core.runtime import Runtime
 from djinn_core.sessions.snapshot import load_session
+from djinn_core.sessions.staging import INBOUND_SLOTS
 from djinn_core.sessions.tensorfile import TensorFile
 from djinn_core.turn import Way
 from tests.ctrl_c import interrupted, python_handles_it
@@ -349,7 +350,7 @@ def test_where_others_have_the_slots(rig: Rig) -> None:
     with rig.sessions.pager.lock:
         assert rig.sessions.pager.lock.wait_for(lambda: session.stopped.boundary.settled, 10)
     staging = rig.sessions.pager.staging
-    slots = [staging.take(Way()), staging.take(Way())]
+    slots = [staging.take(Way()) for _ in range(INBOUND_SLOTS)]
     with soon():
         session.resume()
     for slot in slots:

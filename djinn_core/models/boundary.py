@@ -53,13 +53,15 @@ class PassControl(Protocol):
     `enter` returns, at layer L, or after the last layer when L is the number of layers. `enter` is called once in
     every pass, also when `first_layer` is 0 (then it is given the embeddings, and usually returns them). At layer
     `stop_before`, if any, `stop` is given what that layer would receive, a user's hooks included, and ends the pass.
-    `before_turn` is called before the pass asks for its turn, and `begin` when it has it, and has issued nothing yet.
+    `ready`, if it is not None, says whether the pass has any use for its turn yet; until then others go first. `begin`
+    is called when it has its turn, and has issued nothing yet.
     """
 
     first_layer: int
     stop_before: int | None
 
-    def before_turn(self, turn: Turn) -> None: ...
+    @property
+    def ready(self) -> Callable[[], bool] | None: ...
 
     def begin(self) -> None: ...
 
@@ -171,9 +173,7 @@ class Boundary:
         """Run `body` as one pass: the turn, the provider, and the control that the layers see."""
         if not 0 <= first_layer <= self._count:
             raise UsageError(f"a pass cannot enter at layer {first_layer}: the model has {self._count} layers")
-        if control is not None:
-            control.before_turn(self._turn)
-        with Uninterrupted(), self._turn:
+        with Uninterrupted(), self._turn.when(None if control is None else control.ready):
             token = None if control is None else RUNNING.set(None)
             self._runner, self._control = threading.get_ident(), control
             try:

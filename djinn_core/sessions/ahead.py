@@ -1,16 +1,17 @@
 """Looking ahead: sessions that are wanted soon come back, and room is kept for those that come next.
 
-While some session is off the device, as much is kept free as one of them needs for each caller that there is: as many
-as were seen within a call at once in the last minute, since who pauses one session is about to resume another. So a
-resume finds extents instead of waiting for evictions. How many sessions are RUNNING says less: one that was just opened
-is, too. Room is made only by unmapping clean sessions that are not expected before those that are off, and not by the
-time a prefetch of them would be due again. Nothing is evicted while everyone fits, and since whole sessions leave, and
-come back only when someone wants them, nobody goes back and forth.
+While some session is off the device, as much is kept free as one of them needs for each caller that is within a
+session's call now, since who pauses one session is about to resume another, and for two where there were several
+callers lately, who may come back at once. So a resume finds extents instead of waiting for evictions. How many sessions
+are RUNNING says less: one that was just opened is, too. Room is made only by unmapping clean sessions that are not
+expected before those that are off, and not by the time a prefetch of them would be due again. Nothing is evicted while
+everyone fits, and since whole sessions leave, and come back only when someone wants them, nobody goes back and forth.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 import time
 from heapq import nlargest
 from typing import TYPE_CHECKING
@@ -24,37 +25,40 @@ if TYPE_CHECKING:
 PREFETCH_LEAD_S = 0.1  # how long before an expected resume its bring-in begins, besides the copies themselves
 HOST_BYTES_PER_S = 20e9  # careful guesses: to be early costs a little memory, to be late a wait
 DISK_BYTES_PER_S = 1e9
-CALLERS_S = 60.0  # how long a caller who pauses is expected back
+CALLERS_S = 30.0  # how long a caller who has paused is expected back
 
 
 class Callers:
-    """The most that were seen within a session's call at once, in the last `CALLERS_S` or half as long again.
+    """How many are within a session's call at once. Thread-safe; times are of `time.monotonic`.
 
-    One thread sees, any may ask; all on the clock of `time.monotonic`.
+    Attributes:
+        now: as it was last seen.
     """
 
     def __init__(self) -> None:
-        self._halves = (0, 0)  # the most of the half before this one, and of this one
+        self.now = 0
+        self._spans = (0, 0)  # the most of the span before this one, and of this one; each takes `CALLERS_S`
         self._until_s = -math.inf
+        self._mutex = threading.Lock()
 
     def see(self, count: int, now_s: float) -> None:
         """Take note of `count`."""
-        if now_s > self._until_s:
-            before = self._halves[1] if now_s < self._until_s + CALLERS_S / 2 else 0
-            self._halves, self._until_s = (before, 0), now_s + CALLERS_S / 2
-        self._halves = (self._halves[0], max(self._halves[1], count))
+        with self._mutex:
+            before, most = self._spans
+            if now_s > self._until_s:
+                before, most = most if now_s <= self._until_s + CALLERS_S else 0, 0
+                self._until_s = now_s + CALLERS_S
+            self._spans, self.now = (before, max(most, count)), count
 
     def most(self, now_s: float) -> int:
-        """How many there are, as far as is known."""
-        return max(self._halves) if now_s <= self._until_s + CALLERS_S / 2 else 0
+        """The most that were seen in the last `CALLERS_S`, or in twice as long."""
+        with self._mutex:
+            return max(self._spans) if now_s <= self._until_s + CALLERS_S else 0
 
 
 def look_ahead(pager: Pager) -> None:
-    """One look: count callers, begin prefetches that are due, and make room when there is too little."""
+    """One look: begin prefetches that are due, and make room when there is too little."""
     pager.way.give()
-    with pager.lock:
-        calls = sum(h.user.locked() for h in pager.holdings.values())
-    pager.callers.see(calls, time.monotonic())
     due, wanted_bytes = _due(pager)
     for holding in due:
         wanted_bytes += holding.missing_bytes
@@ -95,7 +99,7 @@ def _copy_s(holding: Holding) -> float:
 
 def keep_room(pager: Pager) -> None:
     """Keep extents free for the sessions off the device that may be wanted next: one for each caller."""
-    callers = max(1, pager.callers.most(time.monotonic()))
+    callers = max(pager.callers.now, 2 if pager.shared else 1)
     with pager.lock:
         away = [h for h in pager.holdings.values() if h.state is SessionState.SWAPPED]
         if not away:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 PIECE_BYTES = 8 << 20  # so that another session's boundary need not wait long behind it
 STEP_BYTES = 256 << 20  # six layers of a long session: 5 ms of a fast link
-SHARED_BYTES = 48 << 20  # one of them, where others may resume meanwhile
+SHARED_BYTES = 48 << 20  # where others may resume meanwhile: a millisecond
 MAP_BYTES = 3 * STEP_BYTES
 
 

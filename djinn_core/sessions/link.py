@@ -3,9 +3,9 @@
 A resume's first layer is issued by the thread that resumes, if nobody has to be waited for: it wants that layer before
 anything else, and a worker would first have to wake and to get the interpreter. One worker issues what comes after.
 Before each step it asks again who is the most urgent, and it keeps so much in flight that the link never idles; where
-there are several callers, so little that who resumes meanwhile waits for two layers at most. While that much is on its
-way the worker maps the steps that come next. A second worker does what may take long, so that the first never does:
-reading from disk, evicting, waiting for other sessions' transfers, and looking ahead.
+there are several callers, so little that who resumes meanwhile waits for two steps of a layer or so. While that much is
+on its way the worker maps the steps that come next. A second worker does what may take long, so that the first never
+does: reading from disk, evicting, waiting for other sessions' transfers, and looking ahead.
 
 Not taken: to issue whole sessions, each on a stream of its own. A copy engine serves in the order of issue, whatever
 the streams, and a resume's first layer would wait for all that came before.
@@ -175,9 +175,12 @@ class Link:
         """Whether another step may be issued."""
         while self._flying and self._arrived(self._flying[0][1]):
             self._flying.popleft()  # nobody else takes anything out
-        limit_bytes = min(bringin.SHARED_BYTES, IN_FLIGHT_BYTES) if self._pager.shared else IN_FLIGHT_BYTES
         with self._changed:
-            return sum(size_bytes for _, _, size_bytes in self._flying) <= limit_bytes
+            sizes = [size_bytes for _, _, size_bytes in self._flying]
+        limit_bytes = IN_FLIGHT_BYTES
+        if self._pager.shared:  # one step beside the next, even if a layer is larger
+            limit_bytes = min(limit_bytes, max(bringin.SHARED_BYTES, *sizes, 0))
+        return sum(sizes) <= limit_bytes
 
     def _wait_for_oldest(self) -> None:
         """Wait for the oldest in flight; someone else may be the most urgent then."""
@@ -208,6 +211,7 @@ class Link:
                 elif (left_s := look_s - time.monotonic()) > 0:
                     self._changed.wait(left_s)
                     continue
+            self._pager.count_callers()
             if job is None:
                 try:
                     self._pager.device.bind_thread()

@@ -63,10 +63,21 @@ class Pager(Writer):
         self.link = Link(self)
         self.link.start()
 
+    def count_callers(self) -> None:
+        """Take note of how many there are now."""
+        with self.lock:
+            calls = sum(holding.user.locked() for holding in self.holdings.values())
+        self.callers.see(calls, time.monotonic())
+
     @property
     def shared(self) -> bool:
         """Another caller may resume at any time; what the link has in flight by then, he waits for."""
-        return self.callers.most(time.monotonic()) > 1
+        return min(self.callers.most(time.monotonic()), len(self.holdings)) > 1
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether a pass may let others go first; not with the last slot in hand, which the next resume needs."""
+        return self.shared and self.staging.idle
 
     def open(self, layout: Layout, boundary_bytes: int) -> Holding:
         """Admit a session that may become as long as `layout` says. It holds no device memory yet.

@@ -7,18 +7,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from djinn_core.interrupts import Uninterrupted, wait_for
+from djinn_core.interrupts import Uninterrupted
 from djinn_core.models.boundary import PassStopped
 from djinn_core.sessions.edits import apply_edits
 from djinn_core.sessions.inputs import EditsByLayer
-from djinn_core.turn import Turn, Way
 
 if TYPE_CHECKING:
     from djinn_core.device.base import Stream
     from djinn_core.sessions.behind import Behind
     from djinn_core.sessions.bringin import BringIn
-
-LOOK_S = 0.005  # how often a pass that lets others go first looks whether they do
+    from djinn_core.sessions.pager import Pager
 
 
 class Control:
@@ -31,7 +29,7 @@ class Control:
         enter: given the embeddings, returns what layer `first` receives; None leaves them.
         edits: applied to the hidden states after a layer (counted from 1).
         keep: takes the boundary when the pass stops.
-        way: given to who resumes meanwhile.
+        pager: its way is given to who resumes meanwhile, and it says whether the pass may let others go first.
         layers: of the model; a stop after the last one has no next layer to be taken at.
         behind: copies each layer's KV to the host while the next ones compute.
     """
@@ -42,7 +40,7 @@ class Control:
         stop: int | None,
         jobs: Sequence[BringIn],
         compute: Stream,
-        way: Way,
+        pager: Pager,
         *,
         enter: Callable[[torch.Tensor], torch.Tensor] | None,
         edits: EditsByLayer,
@@ -55,17 +53,24 @@ class Control:
         self._last = layers
         self._jobs = tuple(jobs)
         self._compute = compute
-        self._way = way
+        self._pager = pager
+        self._way = pager.way
         self._enter = enter
         self._edits = edits
         self._keep = keep
         self._behind = behind
 
-    def before_turn(self, turn: Turn) -> None:
+    @property
+    def ready(self) -> Callable[[], bool] | None:
+        """Whether the layers of the pass are issued; None when they are now.
+
+        A pass that took its turn before would hold it while its layers come, and the device would wait with it.
+        """
         last = self._last if self.stop_before is None else self.stop_before
-        for job in self._jobs:
-            if not job.by_pass:
-                _let_go_first(job, self.first_layer, last, turn)
+        coming = [job for job in self._jobs if not (job.by_pass or _come(job, self.first_layer, last))]
+        if not coming:
+            return None
+        return lambda: not self._pager.may_wait or all(_come(job, self.first_layer, last) for job in coming)
 
     def begin(self) -> None:
         self._way.give()  # whoever had the turn before is often about to resume another session
@@ -101,15 +106,6 @@ class Control:
         raise PassStopped
 
 
-def _let_go_first(job: BringIn, first: int, last: int, turn: Turn) -> None:
-    """Return when layers `first` to `last` - 1 have been issued, or when nobody else wants the `turn` meanwhile.
-
-    A pass that took its turn before would hold it while its layers come, and the device would wait with it.
-    """
-
-    def come() -> bool:
-        return job.done or job.cancelled or 0 not in job.issued[first:last]
-
-    with job.changed:
-        while not come() and turn.wanted:
-            wait_for(job.changed, come, LOOK_S)
+def _come(job: BringIn, first: int, last: int) -> bool:
+    """The pass has nothing to wait for: layers `first` to `last` - 1 are issued, or will not be."""
+    return job.done or job.cancelled or 0 not in job.issued[first:last]

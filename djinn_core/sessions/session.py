@@ -249,7 +249,7 @@ class Session:
                 pager.claim(holding, first, last, new)
             compute = pager.device.current_stream()
             control = Control(
-                *(first, stop, holding.jobs, compute, pager.way),
+                *(first, stop, holding.jobs, compute, pager),
                 enter=enter,
                 edits=edits,
                 keep=lambda hidden: keep_boundary(pager, boundary, hidden),

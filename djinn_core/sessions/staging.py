@@ -27,7 +27,7 @@ from djinn_core.memory.ledger import Kind
 from djinn_core.memory.regions import Region
 from djinn_core.turn import Way
 
-INBOUND_SLOTS = 2
+INBOUND_SLOTS = 3
 Acquire = Callable[[int, Kind, str], Extent]
 
 
@@ -89,6 +89,11 @@ class Staging:
         self._storing = threading.Lock()  # held while the outbound slot is written to, or replaced
         self.idle_stream = device.stream(-1)  # never has work: what is recorded there is done
         self.out_stream = device.stream(-1)
+
+    @property
+    def idle(self) -> bool:
+        """Another resume would find a slot."""
+        return bool(self._idle)
 
     def growth_bytes(self, size_bytes: int) -> int:
         """What `grow` would take of the device besides what the slots hold now."""

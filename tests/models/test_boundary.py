@@ -53,8 +53,7 @@ class Control:
         self.stop_before = None if stop_after is None else stop_after + 1
         self.kept = {}
 
-    def before_turn(self, turn):
-        assert not turn.held
+    ready = None
 
     def begin(self):
         assert not self.kept

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from djinn_core.sessions import Session, SessionState, snapshot, writeback
+from djinn_core.sessions.staging import INBOUND_SLOTS
 from tests.ctrl_c import python_handles_it
 from tests.sessions.oracle import Oracle, prompt
 from tests.sessions.rigs import LAYERS, MakeRig, Rig
@@ -172,7 +173,7 @@ def test_ctrl_c_while_the_copies_are_given_to_their_blocks(rig: Rig) -> None:
 
 @pytest.mark.parametrize("settled", [True, False])
 def test_admission_counts_what_is_written_behind_as_the_sessions_own(make_rig: MakeRig, settled: bool) -> None:
-    rig = make_rig(device_bytes=(LAYERS + 3) * UNIT, host_bytes=(LAYERS + 1) * UNIT)
+    rig = make_rig(device_bytes=(LAYERS + INBOUND_SLOTS + 1) * UNIT, host_bytes=(LAYERS + 1) * UNIT)
     rig.host.prepare((LAYERS + 1) * UNIT)
     session, _ = stopped(rig)
     if settled:

@@ -278,17 +278,19 @@ def test_a_step_is_one_map_and_one_call_for_its_copies(two_by_two: Rig, monkeypa
     assert job.arrival[1] is job.arrival[2] is not job.arrival[3]
 
 
-@pytest.mark.parametrize(("callers", "steps", "flying"), [(1, [1, 2, 1], 1), (2, [1, 1, 1, 1], 0)])
+@pytest.mark.parametrize(("callers", "steps", "flying"), [(1, [1, 2, 1], 3), (2, [1, 1, 1, 1], 2)])
 def test_little_is_in_flight_where_others_may_resume(
     two_by_two: Rig, monkeypatch: pytest.MonkeyPatch, callers: int, steps: list[int], flying: int
 ) -> None:
-    """What is, their first layers would wait for."""
+    """What is, their first layers would wait for. One step is beside the next, even if a layer is larger than that."""
     session, copied, beside = released(two_by_two, 1), [], []
+    two_by_two.open()
     pager, copy_all = two_by_two.sessions.pager, two_by_two.device.copy_all
 
     def watched(pairs, *args, **options):
         copied.append(len(pairs))
-        beside.append(sum(not event.query() for _, event, _ in pager.link._flying))
+        coming = sum(size_bytes for _, event, size_bytes in pager.link._flying if not event.query())
+        beside.append((coming + sum(there.numel() for _, there in pairs)) / pairs[0][0].numel())
         copy_all(pairs, *args, **options)
 
     monkeypatch.setattr(two_by_two.device, "copy_all", watched)
@@ -297,7 +299,7 @@ def test_little_is_in_flight_where_others_may_resume(
     two_by_two.device.link_gbps = LINK_GBPS
     session.resume()
     session.wait_until("restored", 10)
-    assert copied == steps and max(beside) == flying
+    assert copied == steps and max(beside) == flying, beside
 
 
 def test_room_is_made_before_anyone_needs_it(make_rig: MakeRig) -> None:
@@ -320,36 +322,60 @@ def test_room_is_made_before_anyone_needs_it(make_rig: MakeRig) -> None:
     assert "swap_in" in kinds and "evict" not in kinds[: kinds.index("swap_in")]
 
 
-def test_room_is_kept_for_as_many_callers_as_there_are(make_rig: MakeRig) -> None:
-    """They have paused, and will come back together. To be open, or to run, does not make a caller."""
-    rig = make_rig(device_bytes=8 * SESSION_BYTES)
+@pytest.mark.parametrize(("callers", "room"), [(1, 1), (2, 2), (5, 2)])
+def test_room_is_kept_for_two_where_there_were_several_callers(make_rig: MakeRig, callers: int, room: int) -> None:
+    """They have all paused, and may come back at once. To be open, or to run, does not make a caller."""
+    rig = make_rig(device_bytes=9 * SESSION_BYTES)
     sessions = [rig.open() for _ in range(12)]
-    callers = rig.sessions.pager.callers
-    with ExitStack() as calls:
-        for session in sessions[:3]:
-            session.forward(prompt())
-            calls.enter_context(Use(session._holding, "be called"))
-        wait_for(lambda: callers.most(time.monotonic()) == 3)
+    rig.sessions.pager.callers.see(callers, time.monotonic())
     for session in sessions:
-        if session not in sessions[:3]:
-            session.forward(prompt())
+        session.forward(prompt())
         session.pause()
         session.wait_until("clean", 10)
-    wait_for(lambda: 3 * SESSION_BYTES <= rig.pool.free_bytes < 5 * SESSION_BYTES)
+    wait_for(lambda: room * SESSION_BYTES <= rig.pool.free_bytes < (room + 1) * SESSION_BYTES)
     time.sleep(4 * link.TICK_S)
-    assert rig.pool.free_bytes < 5 * SESSION_BYTES
+    assert rig.pool.free_bytes < (room + 1) * SESSION_BYTES
 
 
-def test_callers_are_forgotten_in_the_end() -> None:
-    callers, half_s = ahead.Callers(), ahead.CALLERS_S / 2
+def test_room_is_kept_for_who_is_in_a_call(make_rig: MakeRig) -> None:
+    """Whoever pauses is about to resume another session."""
+    rig = make_rig(device_bytes=9 * SESSION_BYTES)
+    sessions = [rig.open() for _ in range(12)]
+    for session in sessions:
+        session.forward(prompt())
+        session.pause()
+        session.wait_until("clean", 10)
+    with ExitStack() as calls:
+        for session in sessions[:3]:
+            calls.enter_context(Use(session._holding, "be called"))
+        wait_for(lambda: 3 * SESSION_BYTES <= rig.pool.free_bytes < 4 * SESSION_BYTES)
+
+
+def test_callers_are_counted_while_the_second_worker_is_busy(make_rig: MakeRig, monkeypatch) -> None:
+    rig = make_rig()
+    session, others, callers = released(rig, 1), [rig.open(), rig.open()], rig.sessions.pager.callers
+    monkeypatch.setattr(link, "look_ahead", lambda pager: None)
+    monkeypatch.setattr(link, "TICK_S", 1000.0)
+    prepare = bringin.BringIn.prepare
+    monkeypatch.setattr(bringin.BringIn, "prepare", lambda job, *, wait: wait and prepare(job, wait=wait))
+    time.sleep(0.2)
+    with Use(others[0]._holding, "be called"), Use(others[1]._holding, "be called"):
+        session.resume()
+        wait_for(lambda: callers.most(time.monotonic()) >= 2)
+
+
+def test_callers_are_forgotten_in_the_end(rig: Rig) -> None:
+    callers, span_s = ahead.Callers(), ahead.CALLERS_S
     seen = []
-    for count, now_s in ((1, 0.0), (3, 1.0), (1, 2.0), (2, half_s + 1), (1, 2 * half_s), (1, 2 * half_s + 2)):
+    for count, now_s in ((1, 0.0), (3, 1.0), (1, 2.0), (2, span_s + 1), (1, 2 * span_s), (1, 2 * span_s + 2)):
         callers.see(count, now_s)
         seen.append(callers.most(now_s))
     assert seen == [1, 3, 3, 3, 3, 2], "the time of the three is over"
-    assert callers.most(9 * half_s) == 0, "nobody looked for long"
-    callers.see(0, 9 * half_s)
-    assert callers.most(9 * half_s) == 0
+    assert callers.most(9 * span_s) == 0, "nobody looked for long"
+    callers.see(0, 9 * span_s)
+    assert callers.most(9 * span_s) == 0
+    rig.sessions.pager.callers.see(3, time.monotonic())
+    assert not rig.sessions.pager.shared, "nobody has a session"
 
 
 def test_nobody_is_evicted_while_all_fit(make_rig: MakeRig) -> None:

@@ -19,6 +19,7 @@ from djinn_core.sessions import bringin as bringin_module
 from djinn_core.sessions import room as room_module
 from djinn_core.sessions.bringin import BringIn
 from djinn_core.sessions.pager import Pager
+from djinn_core.sessions.staging import INBOUND_SLOTS
 from djinn_core.turn import Way
 from tests.sessions.oracle import Oracle, prompt
 from tests.sessions.rigs import LAYERS, Rig, wait_for
@@ -90,7 +91,7 @@ def test_who_waits_for_a_slot_is_not_in_the_way(rig: Rig) -> None:
     session.wait_until("released", 10)
     wait_for(lambda: session.stopped.boundary.device is None)
     pager = rig.sessions.pager
-    slots = [pager.staging.take(Way()) for _ in range(2)]
+    slots = [pager.staging.take(Way()) for _ in range(INBOUND_SLOTS)]
     caller = threading.Thread(target=session.resume)
     caller.start()
     wait_for(lambda: session._holding.user.locked() and not pager.way.taken)

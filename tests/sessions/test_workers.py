@@ -14,6 +14,7 @@ import torch
 from djinn_core.device.cpu import CpuDevice
 from djinn_core.errors import DjinnError, WorkerError
 from djinn_core.sessions import Session, SessionState, link
+from djinn_core.sessions.staging import INBOUND_SLOTS
 from tests.sessions.oracle import Oracle, prompt
 from tests.sessions.rigs import MakeRig, Rig, wait_for
 
@@ -238,7 +239,7 @@ def test_in_the_thread_that_waits(make_rig: MakeRig, monkeypatch, call, error, s
 @pytest.mark.parametrize("call", ["copy", "unmap"])
 def test_while_one_is_evicted_for_another(make_rig: MakeRig, monkeypatch, call, error) -> None:
     """The victim stays whole where it was, and the one that needed its room is told."""
-    rig = make_rig(device_bytes=2 * SESSION_BYTES + 3 * (64 << 10))
+    rig = make_rig(device_bytes=2 * SESSION_BYTES + (INBOUND_SLOTS + 1) * (64 << 10))
     session, ids, wanted = away(rig, 1)
     running, running_ids, running_wanted = begun(rig, 2)
     victim, victim_ids, victim_wanted = begun(rig, 3)
