@@ -128,9 +128,7 @@ def test_it_goes_on_when_nobody_wants_the_time_any_more(
     assert torch.equal(out[0], wanted)
 
 
-def test_a_bring_in_that_fails_meanwhile_is_told(
-    stopped: tuple, held: Held, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bring_in_that_fails_meanwhile_is_told(stopped: tuple, held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
     rig, session, _, wanted = stopped
     monkeypatch.setattr(turn_module, "LATELY_S", 30.0)
     held.error = DeviceError("the link is gone")
