@@ -17,7 +17,8 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -68,9 +69,14 @@ class Turn:
         with Uninterrupted():
             self._acquire(ready)
 
-    def when(self, ready: Callable[[], bool] | None) -> _When:
+    @contextmanager
+    def when(self, ready: Callable[[], bool] | None) -> Iterator[None]:
         """`with turn.when(ready)` is `with turn`, as soon as it is `ready`."""
-        return _When(self, ready)
+        self.acquire(ready)
+        try:
+            yield
+        finally:
+            self.release()
 
     def _acquire(self, ready: Callable[[], bool] | None) -> None:
         me = threading.get_ident()
@@ -155,20 +161,6 @@ class Turn:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
-
-
-class _When:
-    """The turn, from when somebody is ready for it."""
-
-    def __init__(self, turn: Turn, ready: Callable[[], bool] | None) -> None:
-        self._turn = turn
-        self._ready = ready
-
-    def __enter__(self) -> None:
-        self._turn.acquire(self._ready)
-
-    def __exit__(self, *exception: object) -> None:
-        self._turn.release()
 
 
 class Way:

@@ -203,9 +203,8 @@ class Boundary:
                 if control is None or self.graphs is None:
                     return original(*args, **kwargs)
                 out = self.graphs.run(index, original, args, kwargs)
-                return (
-                    copied(out) if index + 1 == control.stop_before else out
-                )  # a boundary outlives the layer's next pass
+                stops = index + 1 == control.stop_before  # and a boundary outlives the layer's next pass
+                return copied(out) if stops else out
             finally:
                 provider.release(index)
 

@@ -179,7 +179,7 @@ class Link:
             sizes = [size_bytes for _, _, size_bytes in self._flying]
         limit_bytes = IN_FLIGHT_BYTES
         if self._pager.shared:  # one step beside the next, even if a layer is larger
-            limit_bytes = min(limit_bytes, max(bringin.SHARED_BYTES, *sizes, 0))
+            limit_bytes = min(limit_bytes, max([bringin.SHARED_BYTES, *sizes]))
         return sum(sizes) <= limit_bytes
 
     def _wait_for_oldest(self) -> None:

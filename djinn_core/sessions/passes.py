@@ -54,7 +54,6 @@ class Control:
         self._jobs = tuple(jobs)
         self._compute = compute
         self._pager = pager
-        self._way = pager.way
         self._enter = enter
         self._edits = edits
         self._keep = keep
@@ -73,7 +72,7 @@ class Control:
         return lambda: not self._pager.may_wait or all(_come(job, self.first_layer, last) for job in coming)
 
     def begin(self) -> None:
-        self._way.give()  # whoever had the turn before is often about to resume another session
+        self._pager.way.give()  # whoever had the turn before is often about to resume another session
 
     def enter(self, hidden: torch.Tensor) -> torch.Tensor:
         if self._enter is None:
@@ -82,9 +81,9 @@ class Control:
             return self._enter(hidden)
 
     def before_layer(self, layer: int) -> None:
-        if self._way.taken:
+        if self._pager.way.taken:
             with Uninterrupted():
-                self._way.give()
+                self._pager.way.give()
         for job in self._jobs:
             job.gate(layer, self._compute)
 

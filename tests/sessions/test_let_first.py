@@ -69,6 +69,7 @@ def turn_of(rig: Rig) -> Turn:
 
 
 def resume(session: Session) -> tuple[threading.Thread, list]:
+    """On a thread of its own: that, and what it will return."""
     out: list = []
 
     def run() -> None:
@@ -80,6 +81,21 @@ def resume(session: Session) -> tuple[threading.Thread, list]:
     thread = threading.Thread(target=run)
     thread.start()
     return thread, out
+
+
+def resume_at_once(rig: Rig, session: Session) -> tuple[threading.Thread, list]:
+    """The same, once it has run layer 2, and waits for the next one within its turn."""
+    executed = rig.executed[1]
+    thread, out = resume(session)
+    wait_for(lambda: rig.executed[1] == executed + 1)
+    return thread, out
+
+
+def check_end(held: Held, thread: threading.Thread, out: list, wanted: torch.Tensor) -> None:
+    """Once the other layers come, it ends as the stock model does."""
+    held.go.set()
+    thread.join(10)
+    assert torch.equal(out[0], wanted)
 
 
 def test_others_go_first_while_its_layers_come(stopped: tuple, held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,22 +110,16 @@ def test_others_go_first_while_its_layers_come(stopped: tuple, held: Held, monke
         ids = torch.tensor([[token]])
         assert torch.equal(other.forward(ids), oracle.forward(ids))
     assert thread.is_alive() and not out
-    held.go.set()
-    thread.join(10)
-    assert torch.equal(out[0], wanted)
+    check_end(held, thread, out, wanted)
 
 
 def test_alone_it_begins_at_once(stopped: tuple, held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
     """It computes each layer as soon as that one is there; so it does where others have paused a while ago."""
     rig, session, _, wanted = stopped
-    executed = rig.executed[1]
     time.sleep(2 * turn_module.LATELY_S)
-    thread, out = resume(session)
-    wait_for(lambda: rig.executed[1] == executed + 1)
+    thread, out = resume_at_once(rig, session)
     assert thread.is_alive() and not held.go.is_set()
-    held.go.set()
-    thread.join(10)
-    assert torch.equal(out[0], wanted)
+    check_end(held, thread, out, wanted)
 
 
 def test_it_goes_on_when_nobody_wants_the_time_any_more(
@@ -123,9 +133,7 @@ def test_it_goes_on_when_nobody_wants_the_time_any_more(
         wait_for(lambda: turn_of(rig).waiting == 1)
     wait_for(lambda: rig.executed[1] == executed + 1)
     assert not held.go.is_set()
-    held.go.set()
-    thread.join(10)
-    assert torch.equal(out[0], wanted)
+    check_end(held, thread, out, wanted)
 
 
 def test_a_bring_in_that_fails_meanwhile_is_told(stopped: tuple, held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,12 +169,8 @@ def test_one_caller_at_a_time_lets_nobody_go_first(stopped: tuple, held: Held, m
     rig, session, _, wanted = stopped
     monkeypatch.setattr(turn_module, "LATELY_S", 30.0)
     monkeypatch.setattr(rig.sessions.pager, "callers", Callers())
-    executed = rig.executed[1]
-    thread, out = resume(session)
-    wait_for(lambda: rig.executed[1] == executed + 1)
-    held.go.set()
-    thread.join(10)
-    assert torch.equal(out[0], wanted)
+    thread, out = resume_at_once(rig, session)
+    check_end(held, thread, out, wanted)
 
 
 def test_who_holds_the_last_slot_does_not_wait(stopped: tuple, held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,14 +179,10 @@ def test_who_holds_the_last_slot_does_not_wait(stopped: tuple, held: Held, monke
     monkeypatch.setattr(turn_module, "LATELY_S", 30.0)
     staging = rig.sessions.pager.staging
     slots = [staging.take(Way()) for _ in range(INBOUND_SLOTS - 1)]
-    executed = rig.executed[1]
-    thread, out = resume(session)
-    wait_for(lambda: rig.executed[1] == executed + 1)
+    thread, out = resume_at_once(rig, session)
     for slot in slots:
         staging.give_back(slot)
-    held.go.set()
-    thread.join(10)
-    assert torch.equal(out[0], wanted)
+    check_end(held, thread, out, wanted)
 
 
 def test_ctrl_c_ends_the_wait(stopped: tuple, held: Held) -> None:
