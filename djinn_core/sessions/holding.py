@@ -45,6 +45,7 @@ class Holding:
         moving: its memory is being unmapped.
         changing: its owner gives it another lineage, or closes it; no prefetch begins.
         leaving: how many are about to unmap it, and rely on its host copies.
+        seeking: how many bring-ins of it wait for others to leave the device.
         reading: the boundary that the last resume copied in, and the event after which that is done.
         prefetch_failed: bringing it in early went wrong; it is not tried again before its next pause.
         pins: others that read its mapped blocks now.
@@ -78,7 +79,7 @@ class Holding:
         self.displacing = False
         self.behind: Behind | None = None
         self.wanted = self.drains = 0
-        self.leaving = 0
+        self.leaving = self.seeking = 0
         self.pins = 0
         self.found_clean = False
         self.shares = False
@@ -139,7 +140,12 @@ class Holding:
         return any(not job.done for job in self.jobs)
 
     def in_motion(self) -> bool:
-        """A transfer of its memory is under way."""
+        """A transfer of its memory is under way, and ends by itself.
+
+        What looks for room does not: it may wait for the very one who asks.
+        """
+        if self.seeking:
+            return False
         if self.draining or self.moving or self.leaving or self.being_brought:
             return True
         try:

@@ -287,7 +287,7 @@ class Room:
         if (got := self.take_free(holding.id, sizes, promise=promise)) is not None:
             return got
         needed_bytes = sum(sizes)
-        with self._acquiring:
+        with self._seeking(holding), self._acquiring:
             while True:
                 short = self.pool.free_bytes < needed_bytes
                 if (got := self.take_free(holding.id, sizes, promise=promise)) is not None:
@@ -301,6 +301,17 @@ class Room:
                         needed_bytes=needed_bytes,
                         free_bytes=max(0, self.pool.free_bytes),
                     )
+
+    @contextmanager
+    def _seeking(self, holding: Holding) -> Iterator[None]:
+        """Whoever needs host memory meanwhile, to leave for it, must not wait for it."""
+        with self.lock:
+            holding.seeking += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                holding.seeking -= 1
 
     def resize(self, budget_bytes: int) -> None:
         """Another budget for the pool. Where sessions hold more than a smaller one, paused ones leave.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable
 
 import pytest
@@ -168,3 +169,20 @@ def test_a_host_that_gives_nothing_under_paused_sessions(make_rig: MakeRig, monk
     for story in stories:
         story.step()
         story.pause()
+
+
+def test_a_resume_without_room_anywhere_does_not_wait_for_itself(make_rig: MakeRig) -> None:
+    """Whoever should leave for it finds the host full; what would free some there is the resume that waits."""
+    rig = make_rig(device_bytes=2 * SESSION_BYTES, host_bytes=SESSION_BYTES + 2 * BLOCK_BYTES)
+    away, here = Story(rig, 1), Story(rig, 2)
+    away.step()
+    away.session.pause(release=True)
+    away.session.wait_until("released", 10)
+    here.step()
+    here.pause()
+    began_s = time.monotonic()
+    with pytest.raises(OutOfDeviceMemory):
+        away.step()
+    assert time.monotonic() - began_s < tiers.PATIENCE_S / 2
+    here.session.close()
+    away.step()
