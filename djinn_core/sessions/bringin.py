@@ -6,10 +6,10 @@ extents are acquired before the first map, so running out leaves everything as i
 mapped with one grant, its copies are issued in one call, in pieces of at most 8 MiB, and an event is recorded behind
 them: the pass goes on as soon as its next layer is issued, and the compute stream waits for that step's event alone.
 While the link is busy the next steps are mapped already, as many at once as `MAP_BYTES` has: a grant holds up whoever
-launches kernels meanwhile, a large one not much longer than a small one. A resume's first step is its first layer;
-later ones are as large as `STEP_BYTES`, since each call gives up Python's interpreter, and small where others may
-resume meanwhile: they wait for what is in flight. Where there is nothing to copy, as in a prefill, the pass maps each
-layer as it comes to it: the device would wait for all maps in a row.
+launches kernels meanwhile, a large one not much longer than a small one. A step is one layer, with an event of its own;
+where layers are small, `STEP_BYTES` of them share one, since each call gives up Python's interpreter. A resume's first
+layer is always a step of its own. Where there is nothing to copy, as in a prefill, the pass maps each layer as it comes
+to it: the device would wait for all maps in a row.
 
 Invariant: a step is committed (tables, places) only when its maps and copies were accepted, so a failure between two
 steps leaves a session whose next try does the rest.
@@ -41,9 +41,8 @@ if TYPE_CHECKING:
     from djinn_core.sessions.pager import Pager
 
 PIECE_BYTES = 8 << 20  # so that another session's boundary need not wait long behind it
-STEP_BYTES = 256 << 20  # six layers of a long session: 5 ms of a fast link
-SHARED_BYTES = 48 << 20  # where others may resume meanwhile: a millisecond
-MAP_BYTES = 3 * STEP_BYTES
+STEP_BYTES = 48 << 20  # one layer of a long session: a millisecond of a fast link
+MAP_BYTES = 16 * STEP_BYTES
 
 
 class BringIn:
@@ -227,11 +226,10 @@ class BringIn:
 
     def step(self) -> tuple[Event | None, int]:
         """Copy the next layers, mapped first if they are not yet; the event behind their copies, and their bytes."""
-        limit_bytes = min(SHARED_BYTES, STEP_BYTES) if self._pager.shared else STEP_BYTES
         stream, before = self._pager.h2d_first if self.begins else self._pager.h2d, self.bytes
         if not self._ahead:
-            self._map(self._next(self._left, limit_bytes))
-        layers = self._next(self._ahead, limit_bytes)
+            self._map(self._next(self._left, STEP_BYTES))
+        layers = self._next(self._ahead, STEP_BYTES)
         arrival = self._issue(layers, stream)
         for layer in layers:
             self._rows[layer] = []

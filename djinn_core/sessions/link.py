@@ -2,10 +2,10 @@
 
 A resume's first layer is issued by the thread that resumes, if nobody has to be waited for: it wants that layer before
 anything else, and a worker would first have to wake and to get the interpreter. One worker issues what comes after.
-Before each step it asks again who is the most urgent, and it keeps so much in flight that the link never idles; where
-there are several callers, so little that who resumes meanwhile waits for two steps of a layer or so. While that much is
-on its way the worker maps the steps that come next. A second worker does what may take long, so that the first never
-does: reading from disk, evicting, waiting for other sessions' transfers, and looking ahead.
+Before each step it asks again who is the most urgent, and it keeps so much in flight that the link never idles, and no
+more: who resumes meanwhile waits for it. While that much is on its way the worker maps the steps that come next. A
+second worker does what may take long, so that the first never does: reading from disk, evicting, waiting for other
+sessions' transfers, and looking ahead.
 
 Not taken: to issue whole sessions, each on a stream of its own. A copy engine serves in the order of issue, whatever
 the streams, and a resume's first layer would wait for all that came before.
@@ -21,14 +21,13 @@ from typing import TYPE_CHECKING
 
 from djinn_core.device.base import Event
 from djinn_core.errors import DeviceError
-from djinn_core.sessions import bringin
 from djinn_core.sessions.ahead import look_ahead
 
 if TYPE_CHECKING:
     from djinn_core.sessions.bringin import BringIn
     from djinn_core.sessions.pager import Pager
 
-IN_FLIGHT_BYTES = 256 << 20  # beside a step: 5 ms of a fast link, in which a thread gets a busy interpreter
+QUEUED_BYTES = 48 << 20  # behind the step that is under way, besides the next: time for a thread to get the interpreter
 TICK_S = 0.05
 
 
@@ -172,15 +171,12 @@ class Link:
                 self._flying.append((job, event, size_bytes))
 
     def _has_room(self) -> bool:
-        """Whether another step may be issued."""
+        """Whether another step may be issued: behind the oldest one that is still under way is little, or nothing."""
         while self._flying and self._arrived(self._flying[0][1]):
             self._flying.popleft()  # nobody else takes anything out
         with self._changed:
             sizes = [size_bytes for _, _, size_bytes in self._flying]
-        limit_bytes = IN_FLIGHT_BYTES
-        if self._pager.shared:  # one step beside the next, even if a layer is larger
-            limit_bytes = min(limit_bytes, max([bringin.SHARED_BYTES, *sizes]))
-        return sum(sizes) <= limit_bytes
+        return not sizes or sum(sizes[1:]) <= QUEUED_BYTES
 
     def _wait_for_oldest(self) -> None:
         """Wait for the oldest in flight; someone else may be the most urgent then."""

@@ -25,7 +25,7 @@ def test_an_unmap_that_is_refused_when_a_bring_in_is_cancelled(rig: Rig, monkeyp
     session.wait_until("released", 10)
     for name in ("STEP_BYTES", "MAP_BYTES"):
         monkeypatch.setattr(f"djinn_core.sessions.bringin.{name}", 1)
-    monkeypatch.setattr("djinn_core.sessions.link.IN_FLIGHT_BYTES", 1)
+    monkeypatch.setattr("djinn_core.sessions.link.QUEUED_BYTES", -1)
     rig.device.link_gbps = 0.00001
     session.resume()
     job, region = session._holding.jobs[0], session._holding.region

@@ -47,7 +47,7 @@ def order_of(jobs: dict[str, object]) -> list[str]:
 def slow(make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> Rig:
     """A slow link, with steps of one layer and two layers in flight at most."""
     monkeypatch.setattr(bringin, "STEP_BYTES", 1)
-    monkeypatch.setattr(link, "IN_FLIGHT_BYTES", 12_000)
+    monkeypatch.setattr(link, "QUEUED_BYTES", 1)
     return make_rig()
 
 
@@ -83,7 +83,7 @@ def test_who_resumes_issues_the_first_layer_itself(slow: Rig, monkeypatch: pytes
         return step(job)
 
     monkeypatch.setattr(bringin.BringIn, "step", watched)
-    monkeypatch.setattr(link, "IN_FLIGHT_BYTES", 0)
+    monkeypatch.setattr(link, "QUEUED_BYTES", -1)
     session.resume()
     job, link_ = session.trace.job, slow.sessions.pager.link
     assert by[0] is threading.current_thread()
@@ -184,7 +184,7 @@ def test_a_pass_behind_a_resume_waits_for_its_own_layers_only(slow: Rig) -> None
 
 def test_a_second_resume_plans_anew_what_a_pass_had_followed(slow: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pass stopped early; the next one is not held to the bring-in that the second resume has cancelled."""
-    monkeypatch.setattr(link, "IN_FLIGHT_BYTES", 1)
+    monkeypatch.setattr(link, "QUEUED_BYTES", -1)
     session = released(slow, 1)
     oracle = Oracle(slow.stock)
     ids = oracle.forward(prompt(seed=1)).float().argmax(-1)[:, None]
@@ -203,8 +203,9 @@ def test_a_second_resume_plans_anew_what_a_pass_had_followed(slow: Rig, monkeypa
 
 @pytest.fixture
 def two_by_two(slow: Rig, monkeypatch: pytest.MonkeyPatch) -> Rig:
-    """The slow link, with steps of two layers."""
+    """The slow link, with steps of two layers, one of them in flight."""
     monkeypatch.setattr(bringin, "STEP_BYTES", 2 * SESSION_BYTES // LAYERS)
+    monkeypatch.setattr(link, "QUEUED_BYTES", -1)
     return slow
 
 
@@ -278,14 +279,13 @@ def test_a_step_is_one_map_and_one_call_for_its_copies(two_by_two: Rig, monkeypa
     assert job.arrival[1] is job.arrival[2] is not job.arrival[3]
 
 
-@pytest.mark.parametrize(("callers", "steps", "flying"), [(1, [1, 2, 1], 3), (2, [1, 1, 1, 1], 2)])
-def test_little_is_in_flight_where_others_may_resume(
-    two_by_two: Rig, monkeypatch: pytest.MonkeyPatch, callers: int, steps: list[int], flying: int
+@pytest.mark.parametrize(("layers", "steps", "flying"), [(2, [1, 2, 1], 3), (1, [1, 1, 1, 1], 2)])
+def test_little_is_in_flight(
+    slow: Rig, monkeypatch: pytest.MonkeyPatch, layers: int, steps: list[int], flying: int
 ) -> None:
-    """What is, their first layers would wait for. One step is beside the next, even if a layer is larger than that."""
-    session, copied, beside = released(two_by_two, 1), [], []
-    two_by_two.open()
-    pager, copy_all = two_by_two.sessions.pager, two_by_two.device.copy_all
+    """What is, others' first layers would wait for. One step is beside the next, even if a layer is large."""
+    session, copied, beside = released(slow, 1), [], []
+    pager, copy_all = slow.sessions.pager, slow.device.copy_all
 
     def watched(pairs, *args, **options):
         copied.append(len(pairs))
@@ -293,13 +293,14 @@ def test_little_is_in_flight_where_others_may_resume(
         beside.append((coming + sum(there.numel() for _, there in pairs)) / pairs[0][0].numel())
         copy_all(pairs, *args, **options)
 
-    monkeypatch.setattr(two_by_two.device, "copy_all", watched)
-    monkeypatch.setattr(bringin, "SHARED_BYTES", 1)
-    pager.callers.see(callers, time.monotonic())
-    two_by_two.device.link_gbps = LINK_GBPS
+    monkeypatch.setattr(slow.device, "copy_all", watched)
+    monkeypatch.setattr(bringin, "STEP_BYTES", layers * SESSION_BYTES // LAYERS)
+    slow.device.link_gbps = LINK_GBPS
     session.resume()
     session.wait_until("restored", 10)
     assert copied == steps and max(beside) == flying, beside
+    arrival = session.trace.job.arrival
+    assert len(set(arrival)) == len(steps), "an event for each step, and a step for each layer that is large enough"
 
 
 def test_room_is_made_before_anyone_needs_it(make_rig: MakeRig) -> None:
