@@ -297,7 +297,7 @@ class Runtime:
 
     @property
     def events(self) -> deque[PagerEvent]:
-        """What the pager did, oldest first."""
+        """What the pager did, oldest first. It goes on growing: loop over `list(runtime.events)`."""
         return self._opened().pager.events
 
     def evict(self, session: Session) -> bool:
@@ -402,7 +402,7 @@ def _runtime_of(model: PreTrainedModel) -> Runtime:
 
 def _emulated(size_bytes: int) -> Runtime:
     """A small runtime for a twin."""
-    return Runtime("cpu", budget_bytes=size_bytes, host_bytes=size_bytes)
+    return Runtime("cpu", budget_bytes=size_bytes, host_bytes=size_bytes, pinning="optional")
 
 
 def load(source: str | Path | PretrainedConfig, *, device: str = "auto", **settings: Any) -> PreTrainedModel:

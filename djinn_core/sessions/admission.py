@@ -36,7 +36,8 @@ def admit(layout: Layout, holdings: Iterable[Holding], pool: ExtentPool, tiers: 
     promised = sum(holding.layout.total_bytes for holding in open_now)
     free_bytes = sum(rooms.values()) - promised
     if layout.total_bytes > free_bytes:
-        named = ", ".join(f"{name} {size:,}" for name, size in rooms.items())
+        free_now = {"device": pool.free_bytes, "host": tiers.host.free_bytes, "disk": tiers.disk_free_bytes}
+        named = ", ".join(f"{name} {size:,}, now free {free_now[name]:,}" for name, size in rooms.items())
         raise OutOfDeviceMemory(
             f"{len(open_now)} open sessions may take {promised:,} bytes of what sessions can have ({named}); "
             "close one, or raise budget_bytes, host_bytes or disk_bytes",

@@ -7,9 +7,8 @@ mapped with one grant, its copies are issued in one call, in pieces of at most 8
 them: the pass goes on as soon as its next layer is issued, and the compute stream waits for that step's event alone.
 While the link is busy the next steps are mapped already, as many at once as `MAP_BYTES` has: a grant holds up whoever
 launches kernels meanwhile, a large one not much longer than a small one. A step is one layer, with an event of its own;
-where layers are small, `STEP_BYTES` of them share one, since each call gives up Python's interpreter. A resume's first
-layer is always a step of its own. Where there is nothing to copy, as in a prefill, the pass maps each layer as it comes
-to it: the device would wait for all maps in a row.
+where layers are small, `STEP_BYTES` of them share one, since each call gives up Python's interpreter. Where there is
+nothing to copy, as in a prefill, the pass maps each layer as it comes to it.
 
 Invariant: a step is committed (tables, places) only when its maps and copies were accepted, so a failure between two
 steps leaves a session whose next try does the rest.
@@ -169,8 +168,7 @@ class BringIn:
     def claim_behind(self) -> bool:
         """Claim what a pass appends to, if all its blocks are there or on their way: then nothing is left to bring in.
 
-        The pass waits for each layer as it comes to it, and not until the last one has been issued. False, and nothing
-        claimed, when it needs blocks of its own.
+        The pass waits for each layer as it comes to it. False, and nothing claimed, when it needs blocks of its own.
         """
         with self._pager.lock:
             if not self._wants.brought():
@@ -250,6 +248,11 @@ class BringIn:
     def left(self) -> int:
         """Layers to go."""
         return 0 if self.cancelled else len(self._left)
+
+    @property
+    def moves(self) -> bool:
+        """It holds all that its next steps need, or each layer is mapped by a pass that runs."""
+        return not self.done and (self.by_pass or any(want.extent is not None for want in self._flat()))
 
     def finish(self, error: DjinnError | None) -> None:
         """Nothing more will be issued. Called once, and raises nothing: `error` tells whoever waits."""

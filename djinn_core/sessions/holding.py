@@ -45,7 +45,7 @@ class Holding:
         moving: its memory is being unmapped.
         changing: its owner gives it another lineage, or closes it; no prefetch begins.
         leaving: how many are about to unmap it, and rely on its host copies.
-        seeking: how many bring-ins of it wait for others to leave the device.
+        seeking: how many threads wait for host memory for it.
         reading: the boundary that the last resume copied in, and the event after which that is done.
         prefetch_failed: bringing it in early went wrong; it is not tried again before its next pause.
         pins: others that read its mapped blocks now.
@@ -142,14 +142,15 @@ class Holding:
     def in_motion(self) -> bool:
         """A transfer of its memory is under way, and ends by itself.
 
-        What looks for room does not: it may wait for the very one who asks.
+        What looks for room does not, on the host or on the device: it may wait for the very one who asks.
         """
         if self.seeking:
             return False
-        if self.draining or self.moving or self.leaving or self.being_brought:
+        jobs = list(self.jobs)
+        if self.draining or self.moving or self.leaving or any(job.moves for job in jobs):
             return True
         try:
-            return not all(job.complete() for job in self.jobs)
+            return not all(job.complete() for job in jobs if job.done)
         except DjinnError:  # it failed, which is an end too; whoever resumes it is told
             return False
 

@@ -287,7 +287,7 @@ class Room:
         if (got := self.take_free(holding.id, sizes, promise=promise)) is not None:
             return got
         needed_bytes = sum(sizes)
-        with self._seeking(holding), self._acquiring:
+        with self._acquiring:
             while True:
                 short = self.pool.free_bytes < needed_bytes
                 if (got := self.take_free(holding.id, sizes, promise=promise)) is not None:
@@ -301,17 +301,6 @@ class Room:
                         needed_bytes=needed_bytes,
                         free_bytes=max(0, self.pool.free_bytes),
                     )
-
-    @contextmanager
-    def _seeking(self, holding: Holding) -> Iterator[None]:
-        """Whoever needs host memory meanwhile, to leave for it, must not wait for it."""
-        with self.lock:
-            holding.seeking += 1
-        try:
-            yield
-        finally:
-            with self.lock:
-                holding.seeking -= 1
 
     def resize(self, budget_bytes: int) -> None:
         """Another budget for the pool. Where sessions hold more than a smaller one, paused ones leave.
@@ -381,13 +370,14 @@ class Room:
         return self.pool.free_bytes + there >= needed_bytes
 
     def _choose(self, candidates: Sequence[Candidate], needed_bytes: int) -> Sequence[str]:
-        """The policy's order.
+        """The policy's order, of those that could leave.
 
         Raises:
             UsageError: the policy raised; a user's own code must not end the thread that asks it.
         """
         try:
-            return self.policy.choose(candidates, needed_bytes, time.monotonic())
+            able = {candidate.session for candidate in candidates}
+            return [name for name in self.policy.choose(candidates, needed_bytes, time.monotonic()) if name in able]
         except Exception as error:
             name = type(self.policy).__name__
             raise UsageError(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from djinn_core.errors import DeviceError, IntegrityError, OutOfDisk, OutOfHostMemory
@@ -231,19 +232,37 @@ class Tiers:
 
     def _wait_for_transfers(self, owner: str, give_up_s: float) -> bool:
         """Wait a moment for others' transfers, which may leave room behind; False when there are none, or no time."""
-        with self._pager.lock:
+        with self._pager.lock, self._seeking(owner):
             left_s = give_up_s - time.monotonic()
             if left_s <= 0 or not any(h.in_motion() for h in self._pager.holdings.values() if h.id != owner):
                 return False
             self._pager.lock.wait(min(left_s, POLL_S))
             return True
 
+    @contextmanager
+    def _seeking(self, owner: str) -> Iterator[None]:
+        """Nobody waits for `owner` meanwhile. The pager's lock is held."""
+        holding = self._pager.holdings.get(owner)
+        if holding is None:
+            yield
+            return
+        holding.seeking += 1
+        try:
+            yield
+        finally:
+            holding.seeking -= 1
+
     def _away(self) -> list[Holding]:
-        """Sessions off the device, the one expected last first; then the others, whose checkpoints may be off it."""
+        """Sessions off the device, the one expected last first; then the others, whose checkpoints may be off it.
+
+        Who is on his way back goes after those who are not: what he waits for may have to be read again.
+        """
+        off = (SessionState.SWAPPED, SessionState.RESUMING)
         with self._pager.lock:
-            away = [h for h in self._pager.holdings.values() if h.state is SessionState.SWAPPED and not h.jobs]
+            away = [h for h in self._pager.holdings.values() if h.state in off]
             others = [h for h in self._pager.holdings.values() if h.checkpoints and h not in away]
-        return [*sorted(away, key=_expected_s, reverse=True), *sorted(others, key=_expected_s, reverse=True)]
+        away.sort(key=lambda h: (not h.jobs, _expected_s(h)), reverse=True)
+        return [*away, *sorted(others, key=_expected_s, reverse=True)]
 
     def _stored_of(self, holding: Holding) -> Iterator[Stored]:
         with self._pager.lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import time
 from collections.abc import Callable
 
@@ -186,3 +187,40 @@ def test_a_resume_without_room_anywhere_does_not_wait_for_itself(make_rig: MakeR
     assert time.monotonic() - began_s < tiers.PATIENCE_S / 2
     here.session.close()
     away.step()
+
+
+def test_resumes_at_once_beside_a_full_host_use_the_disk(make_rig: MakeRig) -> None:
+    """Who waits for the thread that makes room is not waited for, and what he has on the host may be spilled."""
+    rig = make_rig(device_bytes=3 * SESSION_BYTES, host_bytes=2 * SESSION_BYTES, disk_bytes=100 * SESSION_BYTES)
+    away = [Story(rig, seed) for seed in range(2)]
+    for story in away:
+        story.step()
+        story.session.pause(release=True)
+        story.session.wait_until("released", 10)
+    here = [Story(rig, seed) for seed in (2, 3)]
+    for story in here:
+        story.step()
+    gate, took_s, refused = threading.Barrier(3), [], []
+
+    def come_back(story: Story) -> None:
+        gate.wait()
+        began_s = time.monotonic()
+        while time.monotonic() - began_s < 8:
+            try:
+                story.step()
+                break
+            except (OutOfDeviceMemory, OutOfHostMemory) as error:
+                refused.append(error)  # the others had not paused yet
+                time.sleep(0.01)
+        took_s.append(time.monotonic() - began_s)
+        story.pause()
+
+    threads = [threading.Thread(target=come_back, args=(story,)) for story in away]
+    for thread in threads:
+        thread.start()
+    gate.wait()
+    for story in here:
+        story.pause()
+    for thread in threads:
+        thread.join()
+    assert max(took_s) < tiers.PATIENCE_S / 2, (took_s, refused[-1:])

@@ -61,7 +61,8 @@ def test_all_three_tiers(make_rig: MakeRig) -> None:
 def test_admission_names_every_tier(make_rig: MakeRig) -> None:
     rig = make_rig(device_bytes=8 * SESSION_BYTES, host_bytes=4 * SESSION_BYTES)
     opened = []
-    with pytest.raises(OutOfDeviceMemory, match=r"device [\d,]+, host [\d,]+, disk 0") as caught:
+    room = r"[\d,]+, now free [\d,]+"
+    with pytest.raises(OutOfDeviceMemory, match=f"device {room}, host {room}, disk 0, now free 0") as caught:
         while True:
             opened.append(rig.open())
     assert caught.value.needed_bytes == SESSION_BYTES and caught.value.free_bytes < SESSION_BYTES
@@ -215,6 +216,27 @@ def test_the_policy_can_be_replaced(make_rig: MakeRig) -> None:
     sessions = paused(rig, 9)
     assert sessions[0].state is SessionState.PAUSED
     assert any(s.state is SessionState.SWAPPED for s in sessions[3:])
+
+
+def test_a_policy_that_names_who_has_left_ends_nobodys_wait_for_ever(make_rig: MakeRig) -> None:
+    class Mine:
+        """A list of its own, which forgets nobody."""
+
+        def __init__(self) -> None:
+            self.seen: list[str] = []
+
+        def choose(self, candidates, needed_bytes, now_s):
+            self.seen += [c.session for c in candidates if c.session not in self.seen]
+            return self.seen
+
+    rig = make_rig(device_bytes=3 * SESSION_BYTES, policy=Mine())
+    leaves, *run = [rig.open() for _ in range(4)]
+    leaves.forward(prompt())
+    leaves.pause()
+    with pytest.raises(OutOfDeviceMemory):
+        for session in run:
+            session.forward(prompt())
+    assert leaves.state is SessionState.SWAPPED
 
 
 def test_the_default_policy() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import sys
 from copy import deepcopy
@@ -151,9 +152,24 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
     place[key] = yaml.safe_load(text)
 
 
+def _whole(_: Any, value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _finite(_: Any, value: Any) -> bool:
+    return _whole(_, value) or (isinstance(value, float) and math.isfinite(value))
+
+
+# JSON Schema takes 3.0 for an integer, and YAML knows .nan and .inf: neither can be computed with
+Strict = jsonschema.validators.extend(
+    jsonschema.Draft202012Validator,
+    type_checker=jsonschema.Draft202012Validator.TYPE_CHECKER.redefine_many({"integer": _whole, "number": _finite}),
+)
+
+
 def check(settings: dict[str, Any], where: str) -> None:
     """Refuse settings that the schema or the model does not allow; an unknown key before one that is missing for it."""
-    validator = jsonschema.Draft202012Validator(schema("config"))
+    validator = Strict(schema("config"))
     error = min(
         validator.iter_errors(settings),
         key=lambda error: (error.validator != "additionalProperties", list(map(str, error.absolute_path))),

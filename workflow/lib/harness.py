@@ -183,8 +183,10 @@ def experiment(
             if status is None:
                 log.exception("%s/%s was interrupted, or failed on a bug: no file", experiment, system)
                 raise
-            log.warning("%s: %s", status, first, exc_info=error)
-            result.fail(status, f"{type(first).__name__}: {first}")
+            reason = "; ".join([f"{type(first).__name__}: {first}", *getattr(first, "__notes__", ())])
+            log.warning("%s: %s", status, reason)
+            log.info("where it was raised", exc_info=error)  # for the file: a user's mistake needs no traceback
+            result.fail(status, reason)
             traceback.clear_frames(error.__traceback__)  # their tensors would stand in the way of the next measurement
         took_s = time.monotonic() - began_s
         give_back_memory(device)
