@@ -3,12 +3,11 @@
 A plan names, for each layer in the order in which the pass will want them, the blocks to map: new ones for the tokens
 to come, ones that come back from the host, ones that a fork shares, and copies of shared tails (copy on write). All
 extents are acquired before the first map, so running out leaves everything as it was. Then each step's are created and
-mapped with one grant, its copies are issued in one call, in pieces of at most 8 MiB, and an event is recorded behind
-them: the pass goes on as soon as its next layer is issued, and the compute stream waits for that step's event alone.
-While the link is busy the next steps are mapped already, as many at once as `MAP_BYTES` has: a grant holds up whoever
-launches kernels meanwhile, a large one not much longer than a small one. A step is one layer, with an event of its own;
-where layers are small, `STEP_BYTES` of them share one, since each call gives up Python's interpreter. Where there is
-nothing to copy, as in a prefill, the pass maps each layer as it comes to it.
+mapped with one grant, and its copies are issued in one call, in pieces of at most 8 MiB. A step is one layer, with an
+event of its own that the compute stream waits for; where layers are small, `STEP_BYTES` of them share one, since each
+call gives up Python's interpreter. While the link is busy the next steps are mapped, as many at once as `MAP_BYTES`
+has: a grant holds up whoever launches kernels, a large one not much longer than a small one. Where there is nothing to
+copy, as in a prefill, the pass maps each layer as it comes to it.
 
 Invariant: a step is committed (tables, places) only when its maps and copies were accepted, so a failure between two
 steps leaves a session whose next try does the rest.

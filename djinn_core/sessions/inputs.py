@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from djinn_core.errors import EditError, SessionStateError, UsageError
+from djinn_core.models.twin import rope_parameters
 from djinn_core.sessions.blocks import Layout
 from djinn_core.sessions.breakpoints import check_layer
 from djinn_core.sessions.checkpoint import PassInputs, Story
@@ -37,7 +38,8 @@ def make_inputs(
         UsageError: shapes or dtypes do not fit the session, or an id lies outside of the model's vocabulary. On a GPU
             such an id would end the process's context, and every session with it. Ids that lie there already are not
             looked at: that would wait for the device.
-        SessionStateError: the session would grow past its longest length.
+        SessionStateError: the session would grow past its longest length, or past where a longrope model turns to other
+            frequencies: the keys that it holds are turned by the earlier ones, and stock `generate` computes them anew.
     """
     batch_size, longest, length = holding.layout.batch_size, holding.layout.max_length, min(holding.table.lengths)
     if not isinstance(ids, torch.Tensor):
@@ -63,14 +65,26 @@ def make_inputs(
             "not fit: open one with a larger max_length"
         )
     if story.mask is None and (mask is None or bool(mask.all())):
+        _check_rope(model, holding.id, length, length + new)
         return PassInputs(ids, None, None)
     before = story.mask if story.mask is not None else torch.ones((ids.shape[0], length), dtype=torch.long)
     added = torch.ones(ids.shape, dtype=torch.long, device=device)
     if mask is not None:
         added[:, new - mask.shape[1] :] = mask.to(device)
     whole = torch.cat([before.to(device), added], dim=1)
+    _check_rope(model, holding.id, *(rows.sum(-1).max() for rows in (before, whole)))
     positions = (whole.cumsum(-1) - 1).masked_fill(whole == 0, 0)[:, -new:]
     return PassInputs(ids, whole, positions)
+
+
+def _check_rope(model: PreTrainedModel, session: str, before: torch.Tensor | int, after: torch.Tensor | int) -> None:
+    for rope in rope_parameters(model.config.get_text_config(decoder=True)):
+        turn = rope.get("original_max_position_embeddings")
+        if rope.get("rope_type") == "longrope" and 0 < before <= turn < after:
+            raise SessionStateError(
+                f"session {session} holds {int(before)} positions and would have {int(after)}: beyond {turn} this "
+                "model's longrope turns every key by other frequencies; give all of it as the prompt of a new session"
+            )
 
 
 def _check_ids(model: PreTrainedModel, ids: torch.Tensor) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import Phi3Config
 
-from djinn_core.errors import BreakpointError, ConfigError
+import djinn_core as djinn
+from djinn_core.errors import BreakpointError, ConfigError, SessionStateError
 from djinn_core.sessions import Breakpoint, Sampling
 from tests.sessions.oracle import left_padded, prompt
 from tests.sessions.rigs import MakeRig, Rig
@@ -144,3 +146,37 @@ def test_a_chat_goes_on_behind_the_last_token(rig: Rig) -> None:
     other.generate(2, sampling=Sampling(eos_token_id=()))
     other.generate(1, sampling=Sampling(eos_token_id=()))
     assert torch.equal(other.forward(more), logits) and new.shape == (1, 3)
+
+
+def test_a_longrope_model_is_not_taken_past_where_its_keys_would_have_to_be_turned_anew() -> None:
+    """Stock `generate` computes them anew there; a prompt that is longer from the start is right."""
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    rope |= {"original_max_position_embeddings": 40, "partial_rotary_factor": 1.0}
+    config = Phi3Config(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=200,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        original_max_position_embeddings=40,
+        rope_parameters=rope,
+        bos_token_id=1,
+        eos_token_id=None,
+    )
+    model = djinn.load(config, device="cpu", budget_bytes=64 << 20, host_bytes=64 << 20, dtype="float32")
+    ids = torch.randint(3, 200, (1, 60), generator=torch.Generator().manual_seed(1))
+    try:
+        for prompt_tokens, new in ((30, 10), (60, 12)):
+            wanted = model.generate(ids[:, :prompt_tokens], max_new_tokens=new, do_sample=False)[:, prompt_tokens:]
+            session = djinn.open_session(model, max_length=100)
+            session.forward(ids[:, :prompt_tokens])
+            assert torch.equal(session.generate(new), wanted)
+            if prompt_tokens == 30:
+                with pytest.raises(SessionStateError, match="beyond 40 this model's longrope"):
+                    session.generate(2)
+                assert session.length <= 40
+    finally:
+        model.djinn.runtime.close()

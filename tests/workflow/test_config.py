@@ -224,7 +224,11 @@ def test_the_command_and_the_pipeline_hold_a_machine_to_the_same() -> None:
     assert load_config("h200")["certify"]["thresholds"] == THRESHOLDS
 
 
-def test_a_script_ends_with_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("override", "code", "said"),
+    [("certify.x=1", 2, "certify.x: unknown key"), ("certify.disk_path=/nonexistent/folder", 1, "/nonexistent/folder")],
+)
+def test_a_script_ends_with_one_line(tmp_path: Path, override: str, code: int, said: str) -> None:
     out = tmp_path / "certificate.json"
     command = [
         sys.executable,
@@ -235,10 +239,12 @@ def test_a_script_ends_with_one_line(tmp_path: Path) -> None:
         "--out",
         str(out),
         "--set",
-        "certify.x=1",
+        override,
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "certify.x: unknown key" in done.stderr
+    assert done.returncode == code
+    said_lines = [line for line in done.stderr.splitlines() if " INFO " not in line]
+    assert len(said_lines) == 1 and "Traceback" not in done.stderr
+    assert code == 1 or done.stderr.count("\n") == 1
+    assert said in said_lines[0]
     assert not out.exists()

@@ -9,6 +9,7 @@ import logging
 import time
 
 from djinn_core import certificate
+from djinn_core.errors import DjinnError
 from workflow.lib import harness, identity
 from workflow.lib.config import section
 from workflow.lib.progress import Progress
@@ -26,8 +27,12 @@ def main() -> None:
     began_s = time.monotonic()
     with harness.lock_of(device):
         harness.equal_conditions(config)
-        with Progress("certify").task("measure the machine"):
-            found = certificate.measure(device, config, config["machine"], args.out.parent)
+        try:
+            with Progress("certify").task("measure the machine"):
+                found = certificate.measure(device, config, config["machine"], args.out.parent)
+        except (DjinnError, OSError) as error:
+            log.error("the machine was not measured, and no certificate was written: %s", error)
+            raise SystemExit(1) from error
     document = found.document() | {
         "schema": SCHEMA,
         "run": args.run,
