@@ -179,7 +179,7 @@ def refuse_by_rule(config: PretrainedConfig) -> None:
             f"{config.model_type}: it keeps recurrent or compressed state{what} besides a KV cache, which is "
             "overwritten in place: a pass that stopped at a layer could not be resumed or forked exactly"
         )
-    for rope in rope_parameters(text):
+    for rope in _rope_parameters(text):
         if rope.get("rope_type") == "dynamic":
             raise UnsupportedModel(
                 f"{config.model_type}: dynamic rotary scaling keeps the frequencies of the longest sequence seen, "
@@ -187,7 +187,7 @@ def refuse_by_rule(config: PretrainedConfig) -> None:
             )
 
 
-def rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
+def _rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
     """The config's rotary settings: one dict, or one for each kind of attention."""
     rope = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in rope.values() if isinstance(value, dict)]
@@ -204,7 +204,7 @@ def shrink(config: PretrainedConfig) -> PretrainedConfig:
     derived = isinstance(getattr(type(text), "head_dim", None), property)
     own_head_dim = None if derived else getattr(text, "head_dim", None)
     head_dim = own_head_dim or text.hidden_size // heads
-    per_dimension = any(isinstance(value, list) for rope in rope_parameters(text) for value in rope.values())
+    per_dimension = any(isinstance(value, list) for rope in _rope_parameters(text) for value in rope.values())
     new_head_dim = head_dim if per_dimension else min(head_dim, _HEAD_DIM)
     new_kv_heads = min(kv_heads, max(2, _WIDTH // (new_head_dim * group)))
     sizes: dict[str, Any] = {

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from djinn_core.errors import EditError, SessionStateError, UsageError
-from djinn_core.models.twin import rope_parameters
 from djinn_core.sessions.blocks import Layout
 from djinn_core.sessions.breakpoints import check_layer
 from djinn_core.sessions.checkpoint import PassInputs, Story
@@ -65,26 +64,32 @@ def make_inputs(
             "not fit: open one with a larger max_length"
         )
     if story.mask is None and (mask is None or bool(mask.all())):
-        _check_rope(model, holding.id, length, length + new)
+        if (turns_at := _turns_at(model)) is not None:
+            _check_turn(holding.id, length, length + new, turns_at)
         return PassInputs(ids, None, None)
     before = story.mask if story.mask is not None else torch.ones((ids.shape[0], length), dtype=torch.long)
     added = torch.ones(ids.shape, dtype=torch.long, device=device)
     if mask is not None:
         added[:, new - mask.shape[1] :] = mask.to(device)
     whole = torch.cat([before.to(device), added], dim=1)
-    _check_rope(model, holding.id, *(rows.sum(-1).max() for rows in (before, whole)))
+    if (turns_at := _turns_at(model)) is not None:
+        _check_turn(holding.id, *(int(rows.sum(-1).max()) for rows in (before, whole)), turns_at)
     positions = (whole.cumsum(-1) - 1).masked_fill(whole == 0, 0)[:, -new:]
     return PassInputs(ids, whole, positions)
 
 
-def _check_rope(model: PreTrainedModel, session: str, before: torch.Tensor | int, after: torch.Tensor | int) -> None:
-    for rope in rope_parameters(model.config.get_text_config(decoder=True)):
-        turn = rope.get("original_max_position_embeddings")
-        if rope.get("rope_type") == "longrope" and 0 < before <= turn < after:
-            raise SessionStateError(
-                f"session {session} holds {int(before)} positions and would have {int(after)}: beyond {turn} this "
-                "model's longrope turns every key by other frequencies; give all of it as the prompt of a new session"
-            )
+def _turns_at(model: PreTrainedModel) -> int | None:
+    """The positions up to which a longrope model uses its short frequencies; None for every other model."""
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    return rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+
+
+def _check_turn(session: str, before: int, after: int, turns_at: int) -> None:
+    if 0 < before <= turns_at < after:
+        raise SessionStateError(
+            f"session {session} holds {before} positions and would have {after}: beyond {turns_at} this model's "
+            "longrope turns every key by other frequencies; give all of it as the prompt of a new session"
+        )
 
 
 def _check_ids(model: PreTrainedModel, ids: torch.Tensor) -> None:
