@@ -60,6 +60,21 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.timeout(config.long.seconds + 300))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Each test runs in a generator, which has a stack of handled exceptions of its own.
+
+    A KeyboardInterrupt between two bytecodes can leave one on that stack; every error of a later test in this process
+    would have it for its context.
+    """
+
+    def run():
+        yield pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames})
+
+    next(run())
+    return True
+
+
 @pytest.fixture
 def long(request):
     """The `Long` of this run; it is printed in the header, and with a failure."""
