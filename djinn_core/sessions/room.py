@@ -341,7 +341,7 @@ class Room:
         freed_any = False
         while self.pool.free_bytes < needed_bytes or not freed_any:
             candidates = self._candidates(keep, limit_s, tried)
-            chosen = [n for n in self._choose(candidates, needed_bytes - self.pool.free_bytes) if n not in tried]
+            chosen = self._choose(candidates, needed_bytes - self.pool.free_bytes)
             if not chosen:
                 break
             for name in chosen:
@@ -356,7 +356,7 @@ class Room:
         tried: set[str] = set()
         while (missing := wanted_bytes - self.pool.free_bytes) > 0:
             clean = [c for c in self._candidates(None, limit_s, tried) if c.clean]
-            chosen = [name for name in self._choose(clean, missing) if name not in tried][:1]
+            chosen = self._choose(clean, missing)
             holding = self.holdings.get(chosen[0]) if chosen else None
             if holding is None:
                 return
