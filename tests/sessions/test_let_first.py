@@ -19,6 +19,7 @@ from djinn_core.sessions.ahead import Callers
 from djinn_core.sessions.bringin import BringIn
 from djinn_core.sessions.staging import INBOUND_SLOTS
 from djinn_core.turn import Turn, Way
+from tests.ctrl_c import python_handles_it
 from tests.sessions.oracle import Oracle, likely, prompt
 from tests.sessions.rigs import MakeRig, Rig, wait_for
 
@@ -207,7 +208,7 @@ def test_ctrl_c_ends_the_wait(stopped: tuple, held: Held) -> None:
     inside.wait(10)
     threads[1].start()
     begun_s = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
+    with python_handles_it(), pytest.raises(KeyboardInterrupt):
         session.resume()
     assert time.monotonic() - begun_s < 5
     for thread in threads:
