@@ -168,6 +168,16 @@ def test_an_experiment_without_an_entry_uses_every_rate() -> None:
     assert limits.moved(section) == {"d2h_gbps": pytest.approx(0.03)}
 
 
+@pytest.mark.parametrize(
+    ("system", "moved"), [("djinn", True), ("manual_offload", True), ("djinn_uncapped", False), ("eager", False)]
+)
+def test_the_rate_both_ways_decides_where_something_is_swapped(system: str, moved: bool) -> None:
+    section = limits.bracket("pressure", system, STEADY, STEADY | {"bidirectional_gbps": 40.0}, {"limits": DRIFT})
+    assert bool(limits.moved(section)) == moved
+    section = limits.bracket("pressure", system, STEADY, STEADY | {"d2h_gbps": 40.0}, {"limits": DRIFT})
+    assert set(limits.moved(section)) == {"d2h_gbps"}
+
+
 def test_drift_does_not_decide_about_a_reference() -> None:
     """It says which tokens are right, however fast the link is; all others would be without one."""
     section = limits.bracket("pressure", "reference", STEADY, STEADY | {"d2h_gbps": 40.0}, {"limits": DRIFT})

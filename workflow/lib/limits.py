@@ -7,13 +7,16 @@ from typing import Any
 from djinn_core.certify import measure_limits
 
 RATES = ("h2d_gbps", "d2h_gbps", "bidirectional_gbps", "peer_gbps")
-# What an experiment's ratios to the link use; only the drift of these decides. One that is not here uses all four.
+# What an experiment's ratios use of the link; only the drift of these decides. One that is not here uses all four.
 RATES_USED = {
     "certify": ("h2d_gbps",),
     "streaming": ("h2d_gbps",),
     "resume": ("h2d_gbps", "d2h_gbps"),
     "pressure": ("h2d_gbps", "d2h_gbps", "bidirectional_gbps"),
 }
+# Systems that use less: these hold what fits and bring nothing back, so the link never works both ways for them.
+# A reference says what is right, and nothing of it is a time.
+ONE_WAY = {("pressure", "eager"), ("pressure", "djinn_uncapped")}
 
 
 def measure(device: str, machine_settings: dict[str, Any]) -> dict[str, float | None]:
@@ -36,8 +39,11 @@ def drift(before: dict[str, float | None], after: dict[str, float | None]) -> di
 
 
 def rates_used(experiment: str, system: str) -> tuple[str, ...]:
-    """The rates whose drift decides about a result. A reference says what is right, and nothing of it is a time."""
-    return () if system == "reference" else RATES_USED.get(experiment, RATES)
+    """The rates whose drift decides about a result."""
+    if system == "reference":
+        return ()
+    used = RATES_USED.get(experiment, RATES)
+    return tuple(name for name in used if name != "bidirectional_gbps") if (experiment, system) in ONE_WAY else used
 
 
 def bracket(
