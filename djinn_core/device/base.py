@@ -257,11 +257,14 @@ class Device(ABC):
         direction: Direction,
         *,
         piece_bytes: int = 1 << 62,
+        gives_way: bool = False,
     ) -> None:
         """`copy` for each (dst, src), in one call where the device can. They must not overlap, and run in any order.
 
         A thread asks for Python's interpreter again after every call, and beside a busy thread that takes longer than
-        the call. No copy is of more than `piece_bytes`, so that those of other streams get in between.
+        the call. No copy is of more than `piece_bytes`, so that small ones of other streams get in between. When it is
+        the turn of copies that give way, those of other streams go first, however late these were issued: otherwise a
+        copy engine serves in the order of issue.
 
         Raises:
             TransferError: a copy was refused; those before it may have been issued, and are counted.
@@ -269,6 +272,8 @@ class Device(ABC):
         for dst, src in copies:
             if dst.numel() != src.numel():
                 raise ValueError(f"copy of {src.numel()} bytes into {dst.numel()}")
+        if gives_way:
+            self._give_way(stream)
         if len(copies) == 1 and copies[0][0].numel() <= piece_bytes:
             self.copy(*copies[0], stream, direction)
         else:
@@ -285,6 +290,9 @@ class Device(ABC):
         for dst, src in copies:
             for at in range(0, dst.numel(), piece_bytes):
                 self.copy(dst[at : at + piece_bytes], src[at : at + piece_bytes], stream, direction)
+
+    def _give_way(self, stream: Stream) -> None:  # noqa: B027 - nothing to do where no engine serves several streams
+        """Let copies of other streams go before what is issued on `stream` from now on."""
 
     def copier(self, target: torch.Tensor, stream: Stream, direction: Direction) -> Callable[[HostBytes], None]:
         """`copy` into the beginning of `target`, prepared: what can be asked beforehand is not asked at the copy.

@@ -12,6 +12,7 @@ then queue in ours. A closed device leaves them to the next, since a tensor may 
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections import defaultdict
@@ -28,6 +29,7 @@ from djinn_core.errors import DeviceError, OutOfDeviceMemory, PinningRefused, Tr
 
 _OUT_OF_MEMORY = driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
 _PORTABLE = driver.CU_MEMHOSTREGISTER_PORTABLE
+_EQUAL = int(driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_EQ)
 _idle_streams: dict[tuple[int, int], list[int]] = defaultdict(list)  # of closed devices, by index and priority
 RECORDING_S = 1.0  # a layer takes some milliseconds
 BATCHES_FROM = 12_080  # the CUDA version of the driver that has cuMemcpyBatchAsync; older ones get a call per copy
@@ -157,6 +159,8 @@ class CudaDevice(Device):
             "cuMemGetAllocationGranularity", driver.cuMemGetAllocationGranularity(self._physical, minimum)
         )
         self._capacity_bytes = checked("cuDeviceTotalMem", driver.cuDeviceTotalMem(self._number))
+        self._one = int(checked("cuMemHostAlloc", driver.cuMemHostAlloc(4, driver.CU_MEMHOSTALLOC_PORTABLE)))
+        ctypes.c_uint32.from_address(self._one).value = 1
         self._lock = threading.Lock()
         self._reserved: dict[int, int] = {}
         self._mapped: dict[int, int] = {}  # sizes by address
@@ -340,6 +344,11 @@ class CudaDevice(Device):
             raise TransferError(f"{describe('cuMemcpyBatchAsync', code)} for {what}; nothing was copied")
         self._count(direction, sum(sizes))
 
+    def _give_way(self, stream: Stream) -> None:
+        """A wait for a word in host memory that is always 1: the engine takes up another stream before it goes on."""
+        self._enter()
+        checked("cuStreamWaitValue32", driver.cuStreamWaitValue32(stream.cuda_stream, self._one, 1, _EQUAL))
+
     def pin(self, address: int, size_bytes: int) -> None:
         self._enter()
         code = driver.cuMemHostRegister(address, size_bytes, _PORTABLE)[0]
@@ -377,6 +386,7 @@ class CudaDevice(Device):
         if self._scratch is not None:
             self.destroy(self._scratch)
             self._scratch = None
+        checked("cuMemFreeHost", driver.cuMemFreeHost(self._one))
         for priority, handle in self._streams:
             _idle_streams[self._index, priority].append(handle)
         self._streams.clear()

@@ -415,8 +415,7 @@ class BringIn:
 
     def _fill(self, row: list[Want], stream: Stream) -> int:
         """Issue the copies into mapped blocks; returns the bytes that come over the link."""
-        device, memory = self._pager.device, self.holding.region.tensor
-        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        device, memory, pairs = self._pager.device, self.holding.region.tensor, []
         for want in row:
             block, source = want.block, want.source
             if want.lender is not None:
@@ -427,7 +426,8 @@ class BringIn:
             if size_bytes:
                 pairs.append((memory[block.offset : block.offset + size_bytes], there.tensor[:size_bytes]))
         if pairs:
-            device.copy_all(pairs, stream, Direction.H2D, piece_bytes=PIECE_BYTES)
+            later = stream is self._pager.h2d  # a resume's first layer goes first
+            device.copy_all(pairs, stream, Direction.H2D, piece_bytes=PIECE_BYTES, gives_way=later)
         return sum(dst.numel() for dst, _ in pairs)
 
     def _borrow(self, want: Want, stream: Stream) -> None:

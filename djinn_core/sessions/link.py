@@ -2,13 +2,13 @@
 
 A resume's first layer is issued by the thread that resumes, if nobody has to be waited for: it wants that layer before
 anything else, and a worker would first have to wake and to get the interpreter. One worker issues what comes after.
-Before each step it asks again who is the most urgent, and it keeps so much in flight that the link never idles, and no
-more: who resumes meanwhile waits for it. While that much is on its way the worker maps the steps that come next. A
-second worker does what may take long, so that the first never does: reading from disk, evicting, waiting for other
-sessions' transfers, and looking ahead.
+Before each step it asks again who is the most urgent, and it keeps so much in flight that the link never idles when the
+worker is late, and no more: who resumes meanwhile gets his first layer after the step under way, since steps give way
+to it (`Device.copy_all`), and the next behind all that is in flight. While that much is on its way the worker maps the
+steps that come next. A second worker does what may take long, so that the first never does: reading from disk,
+evicting, waiting for other sessions' transfers, and looking ahead.
 
-Not taken: to issue whole sessions, each on a stream of its own. A copy engine serves in the order of issue, whatever
-the streams, and a resume's first layer would wait for all that came before.
+Not taken: to issue whole sessions. Who resumes second would wait for all of the first one before his second layer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from djinn_core.sessions.bringin import BringIn
     from djinn_core.sessions.pager import Pager
 
-QUEUED_BYTES = 48 << 20  # behind the step that is under way, besides the next: time for a thread to get the interpreter
+QUEUED_BYTES = 128 << 20  # behind the step under way, besides the next: time for a thread to get the interpreter
 TICK_S = 0.05
 
 

@@ -188,7 +188,7 @@ def test_copies_in_one_call_arrive_and_are_counted(device, place, host):
     spans = [(4096, unit), (0, 24), (24, 24), (24, 4096)]
     before = device.copied
     device.copy_all([(tensor[a:b], there[a:b]) for a, b in spans], stream, Direction.H2D)
-    device.copy_all([(back[a:b], tensor[a:b]) for a, b in spans], stream, Direction.D2H)
+    device.copy_all([(back[a:b], tensor[a:b]) for a, b in spans], stream, Direction.D2H, gives_way=True)
     stream.synchronize()
     assert torch.equal(back, there)
     counted = device.copied - before

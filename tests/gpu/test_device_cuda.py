@@ -124,6 +124,38 @@ def test_copies_from_the_host_tier_do_not_block_the_caller(gpu):
     pool.close()
 
 
+def test_copies_that_give_way_let_another_stream_go_first(gpu):
+    """Half a gigabyte is queued; what is issued last arrives long before its end, and nothing is lost."""
+    size_bytes, steps = 32 * MIB, 16
+    pool, region = ExtentPool(gpu, 17 * size_bytes), Region(gpu, 17 * size_bytes)
+    region.map([(0, pool.acquire(17 * size_bytes, Kind.KV, "s"))])
+    host = HostTier(gpu, 2 * size_bytes + MIB)
+    block, other = (host.allocate_exact(size_bytes, name) for name in ("s", "t"))
+    block.tensor.fill_(5)
+    other.tensor.fill_(6)
+    slow, quick = gpu.stream(), gpu.stream()
+    for _ in range(2):  # the first time warms up
+        gpu.synchronize()
+        begin, arrived, end = (gpu.event(timing=True) for _ in range(3))
+        begin.record(slow)
+        for step in range(steps):
+            target = region.tensor[step * size_bytes : (step + 1) * size_bytes]
+            gpu.copy_all([(target, block.tensor)], slow, Direction.H2D, piece_bytes=8 * MIB, gives_way=True)
+        end.record(slow)
+        gpu.copy_all([(region.tensor[steps * size_bytes :], other.tensor)], quick, Direction.H2D, piece_bytes=8 * MIB)
+        arrived.record(quick)
+        gpu.synchronize()
+    assert begin.elapsed_time(arrived) < begin.elapsed_time(end) / 2
+    assert (region.tensor[: steps * size_bytes] == 5).all() and (region.tensor[steps * size_bytes :] == 6).all()
+    gpu.synchronize()
+    pool.give_back(*region.unmap([0]))
+    block.free()
+    other.free()
+    host.close()
+    region.close()
+    pool.close()
+
+
 def test_every_stream_is_its_own_and_a_closed_device_leaves_them_to_the_next():
     device = open_device("cuda:0")
     streams = [device.stream() for _ in range(40)]

@@ -258,13 +258,14 @@ def test_what_was_mapped_ahead_is_given_back_when_nobody_wants_it_any_more(two_b
 
 
 def test_a_step_is_one_map_and_one_call_for_its_copies(two_by_two: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a resume's first layer goes alone."""
+    """And a resume's first layer goes alone, before what other sessions have in flight."""
     monkeypatch.setattr(link, "QUEUED_BYTES", 1 << 30)  # or what comes next is mapped together while the link is full
-    session, copied, granted = released(two_by_two, 1), [], []
+    session, copied, granted, way = released(two_by_two, 1), [], [], []
     device, copy_all, grant = two_by_two.device, two_by_two.device.copy_all, two_by_two.device.grant
 
     def count_copies(pairs, *args, **options):
         copied.append(len(pairs))
+        way.append(options["gives_way"])
         copy_all(pairs, *args, **options)
 
     def count_grants(address, size_bytes):
@@ -276,6 +277,7 @@ def test_a_step_is_one_map_and_one_call_for_its_copies(two_by_two: Rig, monkeypa
     session.resume()
     session.wait_until("restored", 10)
     assert copied == granted == [1, 2, 1]
+    assert way == [False, True, True]
     job = session.trace.job
     assert job.arrival[1] is job.arrival[2] is not job.arrival[3]
 
