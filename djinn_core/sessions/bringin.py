@@ -25,8 +25,6 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from djinn_core.device.base import Direction, Event, Stream
 from djinn_core.errors import DeviceError, DjinnError, OutOfDeviceMemory
 from djinn_core.interrupts import Uninterrupted, act, wait_for
