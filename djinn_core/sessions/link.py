@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from djinn_core.sessions.bringin import BringIn
     from djinn_core.sessions.pager import Pager
 
-QUEUED_BYTES = 128 << 20  # behind the step under way, besides the next: time for a thread to get the interpreter
+QUEUED_BYTES = 48 << 20  # behind the step under way, besides the next: time for a thread to get the interpreter
 TICK_S = 0.05
 
 
