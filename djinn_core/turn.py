@@ -36,6 +36,15 @@ class _Ticket:
     thread: int
     gate: threading.Lock
     ready: Callable[[], bool] | None
+    begins: Callable[[], bool] | None
+
+    @property
+    def is_ready(self) -> bool:
+        return self.ready is None or self.ready()
+
+    @property
+    def could_begin(self) -> bool:
+        return self.begins is None or self.begins()
 
 
 class Turn:
@@ -59,32 +68,33 @@ class Turn:
         with self._mutex:
             return len(self._waiting)
 
-    def acquire(self, ready: Callable[[], bool] | None = None) -> None:
+    def acquire(self, ready: Callable[[], bool] | None = None, begins: Callable[[], bool] | None = None) -> None:
         """Wait for the turn, behind all who asked before and are ready. Ctrl-C ends the wait.
 
         Args:
             ready: asked now and then, and quick to answer. Who is not ready gets the turn all the same when nobody else
                 uses it: no other thread had it for `LATELY_S`, but for those who wait behind.
+            begins: not before this says that he would at least begin, if it is given.
         """
         with Uninterrupted():
-            self._acquire(ready)
+            self._acquire(ready, begins)
 
     @contextmanager
-    def when(self, ready: Callable[[], bool] | None) -> Iterator[None]:
+    def when(self, ready: Callable[[], bool] | None = None, begins: Callable[[], bool] | None = None) -> Iterator[None]:
         """`with turn.when(ready)` is `with turn`, as soon as it is `ready`."""
-        self.acquire(ready)
+        self.acquire(ready, begins)
         try:
             yield
         finally:
             self.release()
 
-    def _acquire(self, ready: Callable[[], bool] | None) -> None:
+    def _acquire(self, ready: Callable[[], bool] | None, begins: Callable[[], bool] | None) -> None:
         me = threading.get_ident()
         if self._owner == me:
             self._depth += 1
             return
         with self._mutex:
-            ticket = _Ticket(me, threading.Lock(), ready)
+            ticket = _Ticket(me, threading.Lock(), ready, begins)
             self._waiting.append(ticket)
             if self._owner is None and self._may_take(ticket):
                 self._hand_to(ticket)
@@ -109,9 +119,10 @@ class Turn:
 
     def _may_take(self, ticket: _Ticket) -> bool:
         """Nobody has the turn. The mutex is held."""
-        if ticket.ready is None or ticket.ready():
+        if ticket.is_ready:
             return True
-        return ticket is self._waiting[0] and not self._used_lately(ticket.thread)
+        first = next((each for each in self._waiting if each.could_begin), None)
+        return ticket is first and not self._used_lately(ticket.thread)
 
     def _used_lately(self, me: int) -> bool:
         """By a thread that does not wait itself, and will come back."""
@@ -147,7 +158,7 @@ class Turn:
                 self._other = self._last
             self._last = (me, time.perf_counter())
             self._owner, self._depth = None, 0
-            ticket = next((each for each in self._waiting if each.ready is None or each.ready()), None)
+            ticket = next((each for each in self._waiting if each.is_ready), None)
             if ticket is None:
                 return
             self._hand_to(ticket)

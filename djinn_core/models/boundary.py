@@ -53,8 +53,8 @@ class PassControl(Protocol):
     `enter` returns, at layer L, or after the last layer when L is the number of layers. `enter` is called once in
     every pass, also when `first_layer` is 0 (then it is given the embeddings, and usually returns them). At layer
     `stop_before`, if any, `stop` is given what that layer would receive, a user's hooks included, and ends the pass.
-    `ready`, if it is not None, says whether the pass has any use for its turn yet; until then others go first. `begin`
-    is called when it has its turn, and has issued nothing yet.
+    `ready`, if it is not None, says whether the pass has any use for its turn yet; until then others go first, and
+    where there are none, until it `begins`. `begin` is called when it has its turn, and has issued nothing yet.
     """
 
     first_layer: int
@@ -62,6 +62,8 @@ class PassControl(Protocol):
 
     @property
     def ready(self) -> Callable[[], bool] | None: ...
+
+    def begins(self) -> bool: ...
 
     def begin(self) -> None: ...
 
@@ -173,7 +175,8 @@ class Boundary:
         """Run `body` as one pass: the turn, the provider, and the control that the layers see."""
         if not 0 <= first_layer <= self._count:
             raise UsageError(f"a pass cannot enter at layer {first_layer}: the model has {self._count} layers")
-        with Uninterrupted(), self._turn.when(None if control is None else control.ready):
+        when = () if control is None else (control.ready, control.begins)
+        with Uninterrupted(), self._turn.when(*when):
             token = None if control is None else RUNNING.set(None)
             self._runner, self._control = threading.get_ident(), control
             try:

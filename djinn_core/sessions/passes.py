@@ -71,6 +71,10 @@ class Control:
             return None
         return lambda: not self._pager.may_wait or all(_come(job, self.first_layer, last) for job in coming)
 
+    def begins(self) -> bool:
+        """The first layer of the pass is issued."""
+        return all(job.by_pass or _come(job, self.first_layer, self.first_layer + 1) for job in self._jobs)
+
     def begin(self) -> None:
         self._pager.way.give()  # whoever had the turn before is often about to resume another session
 

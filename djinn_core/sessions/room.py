@@ -12,8 +12,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from djinn_core.device.base import Device, Event
 from djinn_core.errors import DeviceError, DjinnError, OutOfDeviceMemory, UsageError
@@ -31,6 +32,8 @@ from djinn_core.sessions.tiers import Tiers
 from djinn_core.sessions.writeback import write_back
 from djinn_core.turn import Way
 
+Got = TypeVar("Got")
+LOOK_S = 0.01  # how often who waits for another's evictions looks whether room has come free
 UNMAP_BYTES = 256 << 20  # of a long session six layers: a third of a millisecond
 
 
@@ -256,17 +259,20 @@ class Room:
 
     def acquire_one(self, size_bytes: int, kind: Kind, owner: str) -> Extent:
         """One extent, after evicting paused sessions if need be."""
-        with self._acquiring:
-            while True:
-                short = self.pool.free_bytes < size_bytes
-                with self._taking:
-                    try:
-                        return self.pool.acquire(size_bytes, kind, owner)
-                    except OutOfDeviceMemory as error:
-                        full = error
-                short = short or self.pool.free_bytes < size_bytes
-                if not self._make_room_for(size_bytes, short, None, None):
-                    raise full
+        full: OutOfDeviceMemory | None = None
+
+        def take() -> Extent | None:
+            nonlocal full
+            with self._taking:
+                try:
+                    return self.pool.acquire(size_bytes, kind, owner)
+                except OutOfDeviceMemory as error:
+                    full = error
+                    return None
+
+        if (got := self._take_or_make_room(take, size_bytes, None, None)) is None:
+            raise full
+        return got
 
     def take_free(self, owner: str, sizes: Sequence[int], *, promise: bool) -> list[Extent] | None:
         """Extents of all `sizes` out of what is free now, or None and nothing taken. `promise`: as the pool says."""
@@ -284,23 +290,43 @@ class Room:
         Raises:
             OutOfDeviceMemory: what is left belongs to running sessions; nothing changed for them.
         """
-        if (got := self.take_free(holding.id, sizes, promise=promise)) is not None:
-            return got
         needed_bytes = sum(sizes)
-        with self._acquiring:
+
+        def take() -> list[Extent] | None:
+            return self.take_free(holding.id, sizes, promise=promise)
+
+        if (got := self._take_or_make_room(take, needed_bytes, holding, limit_s)) is None:
+            others = "others fill the device, " if self.pool.free_bytes >= needed_bytes else ""
+            raise OutOfDeviceMemory(
+                f"session {holding.id} needs {needed_bytes:,} bytes more, {others}and no other paused session can "
+                "leave the device; pause or close one and try again",
+                needed_bytes=needed_bytes,
+                free_bytes=max(0, self.pool.free_bytes),
+            )
+        return got
+
+    def _take_or_make_room(
+        self, take: Callable[[], Got | None], needed_bytes: int, keep: Holding | None, limit_s: float | None
+    ) -> Got | None:
+        """What `take` gets, after evicting paused sessions if need be; None when nobody else can leave.
+
+        While another caller evicts, which may take long where the host is full, what comes free meanwhile is taken.
+        """
+        while True:
+            if (got := take()) is not None:
+                return got
+            if self._acquiring.acquire(timeout=LOOK_S):
+                break
+        try:
             while True:
                 short = self.pool.free_bytes < needed_bytes
-                if (got := self.take_free(holding.id, sizes, promise=promise)) is not None:
+                if (got := take()) is not None:
                     return got
                 short = short or self.pool.free_bytes < needed_bytes
-                if not self._make_room_for(needed_bytes, short, holding, limit_s):
-                    others = "others fill the device, " if self.pool.free_bytes >= needed_bytes else ""
-                    raise OutOfDeviceMemory(
-                        f"session {holding.id} needs {needed_bytes:,} bytes more, {others}and no other paused session "
-                        "can leave the device; pause or close one and try again",
-                        needed_bytes=needed_bytes,
-                        free_bytes=max(0, self.pool.free_bytes),
-                    )
+                if not self._make_room_for(needed_bytes, short, keep, limit_s):
+                    return None
+        finally:
+            self._acquiring.release()
 
     def resize(self, budget_bytes: int) -> None:
         """Another budget for the pool. Where sessions hold more than a smaller one, paused ones leave.

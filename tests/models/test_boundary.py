@@ -55,6 +55,9 @@ class Control:
 
     ready = None
 
+    def begins(self):
+        return True
+
     def begin(self):
         assert not self.kept
 

@@ -13,6 +13,7 @@ import torch
 
 from djinn_core import turn as turn_module
 from djinn_core.errors import DeviceError
+from djinn_core.memory.disktier import DiskTier
 from djinn_core.sessions import Session, SessionState
 from djinn_core.sessions import bringin as bringin_module
 from djinn_core.sessions.ahead import Callers
@@ -219,15 +220,16 @@ def test_ctrl_c_ends_the_wait(stopped: tuple, held: Held) -> None:
 class Waiter(threading.Thread):
     """Takes the turn once, when it is ready, and keeps it until it is let go."""
 
-    def __init__(self, turn: Turn, *, ready: bool) -> None:
+    def __init__(self, turn: Turn, *, ready: bool, begins: bool = True) -> None:
         super().__init__()
         self.turn, self.is_ready, self.has, self.go = turn, ready, threading.Event(), threading.Event()
+        self.begins = begins
         before = turn.waiting
         self.start()
         wait_for(lambda: self.has.is_set() or turn.waiting > before)
 
     def run(self) -> None:
-        with self.turn.when(lambda: self.is_ready):
+        with self.turn.when(lambda: self.is_ready, lambda: self.begins):
             self.has.set()
             self.go.wait(10)
 
@@ -279,6 +281,56 @@ def test_nobody_is_waited_for_who_does_not_come_back(monkeypatch: pytest.MonkeyP
     first.end()
     assert second.has.wait(10)
     second.end()
+
+
+def test_nobody_takes_what_he_could_not_even_begin_with() -> None:
+    turn = Turn()
+    first, second = Waiter(turn, ready=False, begins=False), Waiter(turn, ready=False)
+    assert second.has.is_set() and not first.has.is_set(), "the next one could"
+    second.end()
+    time.sleep(0.05)
+    assert not first.has.is_set()
+    first.begins = True
+    assert first.has.wait(10)
+    first.end()
+
+
+def test_a_read_from_disk_does_not_take_the_turn(make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long ago others have used it."""
+    rig = make_rig(disk_bytes=4 << 20)
+    rig.sessions.pager.callers.see(2, time.monotonic())
+    oracle, session, other = Oracle(rig.stock), rig.open(), rig.open()
+    logits = oracle.forward(prompt())
+    session.forward(prompt())
+    session.pause(release=True)
+    session.wait_until("released", 10)
+    for block in session._holding.table:
+        assert rig.sessions.pager.tiers._spill(session._holding, block)
+    read, inside, go_on = DiskTier.read, threading.Event(), threading.Event()
+
+    def slow(*args: object) -> None:
+        inside.set()
+        go_on.wait(10)
+        read(*args)
+
+    monkeypatch.setattr(DiskTier, "read", slow)
+    monkeypatch.setattr(turn_module, "LATELY_S", 0.0)
+    out: list = []
+
+    def go() -> None:
+        session.resume()
+        out.append(session.forward(likely(logits)))
+
+    thread = threading.Thread(target=go)
+    thread.start()
+    assert inside.wait(10)
+    time.sleep(0.05)
+    begun_s = time.monotonic()
+    other.forward(prompt(seed=5))
+    assert time.monotonic() - begun_s < 5 and not out
+    go_on.set()
+    thread.join(10)
+    assert torch.equal(out[0], oracle.forward(likely(logits)))
 
 
 def test_who_waits_too_does_not_use_the_time(monkeypatch: pytest.MonkeyPatch) -> None:

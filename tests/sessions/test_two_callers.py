@@ -15,9 +15,10 @@ from djinn_core.sessions.snapshot import load_session
 from djinn_core.turn import Way
 from tests.sessions.alone import alone
 from tests.sessions.oracle import prompt
-from tests.sessions.rigs import MakeRig, Rig
+from tests.sessions.rigs import MakeRig, Rig, wait_for
 
 UNIT = 64 << 10
+SESSION_BYTES = 4 * UNIT
 pytestmark = pytest.mark.timeout(60)
 
 
@@ -338,3 +339,35 @@ print("whole")
 def test_everything_is_closed_in_the_middle_of_a_pass(tmp_path: Path) -> None:
     done = alone(CLOSE, tmp_path)
     assert done.returncode == 0, (done.returncode, done.stderr[-600:])
+
+
+def test_what_comes_free_is_taken_while_another_one_evicts(make_rig: MakeRig) -> None:
+    """Evicting may take long, where the host is full."""
+    rig = make_rig(device_bytes=4 * SESSION_BYTES)
+    sessions = [rig.open() for _ in range(6)]
+    for seed, session in enumerate(sessions):
+        session.forward(prompt(seed=seed))
+        session.pause()
+        session.wait_until("clean", 10)
+    there = [session for session in sessions if session.state is SessionState.PAUSED]
+    for session in there:
+        session.resume()
+    away = next(session for session in sessions if session not in there)
+    evicting, go_on = threading.Event(), threading.Event()
+
+    def evict() -> None:
+        with rig.sessions.pager._acquiring:
+            evicting.set()
+            go_on.wait(30)
+
+    threads = [threading.Thread(target=evict), threading.Thread(target=away.resume)]
+    threads[0].start()
+    assert evicting.wait(10)
+    threads[1].start()
+    time.sleep(0.1)  # it waits by now
+    there[0].close()
+    wait_for(lambda: away.trace.job is not None and away.trace.job.done)
+    assert away.trace.job.error is None and not go_on.is_set()
+    go_on.set()
+    for thread in threads:
+        thread.join(10)
