@@ -423,12 +423,17 @@ class Pager(Writer):
     def prefetch(self, holding: Holding) -> None:
         """Begin to bring a swapped session back, into free memory or at the cost of sessions expected later."""
         with self.lock:
+            self._refuse_failed(holding, "be prefetched")
             if holding.state is not SessionState.SWAPPED or holding.jobs or holding.changing:
                 return
             reach = list(holding.table.lengths)
             job = BringIn(self, holding, range(len(reach)), reach, prefetch=True)
             holding.jobs.append(job)
         self.link.put(job)
+
+    def _refuse_failed(self, holding: Holding, doing: str) -> None:
+        if holding.state is SessionState.FAILED:
+            raise refusal(holding.id, holding.state, doing) from holding.trouble
 
     def wait_until(self, holding: Holding, what: str, timeout_s: float) -> None:
         """Block until the session is clean, released or restored.
@@ -443,6 +448,7 @@ class Pager(Writer):
         }
         if what not in reached:
             raise ConfigError(f"cannot wait until {what!r}; known are {', '.join(reached)}")
+        self._refuse_failed(holding, f"become {what}")
         with Uninterrupted():
             if what == "clean":
                 self._ask_clean(holding)

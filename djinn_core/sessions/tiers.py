@@ -73,7 +73,8 @@ class Tiers:
                 continue
             if optional or not self._wait_for_transfers(owner, give_up_s):
                 raise OutOfHostMemory(
-                    f"session {owner}: the host is full, and nothing more can be spilled to disk: {disk_full}",
+                    f"session {owner}: the host is full, and nothing more can be spilled to disk ({disk_full}); close "
+                    "a session, or raise host_bytes or disk_bytes, and try again",
                     needed_bytes=size_bytes,
                     free_bytes=full.free_bytes,
                 ) from disk_full
@@ -114,6 +115,10 @@ class Tiers:
         except IntegrityError as error:
             block.free()
             raise IntegrityError(f"session {owner} has lost a part of its state: {error}") from error
+        except DeviceError as error:
+            block.free()
+            what = f"session {owner}: a part of its state could not be read back, and is on disk as before; try again"
+            raise DeviceError(f"{what} ({error})") from error
         except BaseException:
             block.free()
             raise

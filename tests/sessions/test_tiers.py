@@ -6,12 +6,13 @@ import os
 import random
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
 
 from djinn_core.device.faults import FaultPlan
-from djinn_core.errors import DjinnError, IntegrityError, OutOfDeviceMemory
+from djinn_core.errors import DeviceError, DjinnError, IntegrityError, OutOfDeviceMemory, SessionStateError
 from djinn_core.sessions import Candidate, ExpectedLast, Session, SessionState
 from djinn_core.sessions.checkpoint import Boundary
 from tests.sessions.oracle import Oracle, prompt
@@ -91,10 +92,40 @@ def test_a_disk_that_returns_other_bytes_fails_the_session(make_rig: MakeRig) ->
     with pytest.raises(IntegrityError, match="crc32"):
         victim.forward(torch.tensor([[5]]))
     assert victim.state is SessionState.FAILED
+    for wait in (
+        victim.prefetch,
+        *(partial(victim.wait_until, what, 10) for what in ("clean", "released", "restored")),
+    ):
+        with pytest.raises(SessionStateError, match="a part of its state was lost"):
+            wait()
     healthy = next(s for s in sessions if s is not victim)
     healthy.resume()
     healthy.forward(torch.tensor([[5]]))
     victim.close()
+
+
+def test_a_read_that_fails_names_the_session_and_can_be_tried_again(make_rig: MakeRig, monkeypatch) -> None:
+    rig = make_rig(disk_bytes=32 * SESSION_BYTES)
+    oracle, session = Oracle(rig.stock), rig.open()
+    token = oracle.forward(prompt()).float().argmax(-1)[:, None]
+    session.forward(prompt())
+    session.pause(release=True)
+    session.wait_until("released", 10)
+    for block in session._holding.table:
+        assert rig.sessions.pager.tiers._spill(session._holding, block)
+
+    def fail(*_: object) -> None:
+        raise DeviceError("reading 4,096 bytes from there failed: Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.disk, "read", fail)
+        with pytest.raises(
+            DeviceError, match=f"session {session.id}: a part of its state could not be read back, and is"
+        ):
+            session.resume()
+            session.forward(token)
+    session.resume()
+    assert torch.equal(session.forward(token), oracle.forward(token))
 
 
 @pytest.mark.parametrize("earlier", [False, True])
