@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -28,7 +28,7 @@ from djinn_core.sessions.pagerevents import EVENTS_KEPT, PagerEvent
 from djinn_core.sessions.policy import Candidate, ExpectedLast, Policy
 from djinn_core.sessions.staging import Staging
 from djinn_core.sessions.state import SessionState
-from djinn_core.sessions.tiers import Tiers
+from djinn_core.sessions.tiers import PATIENCE_S, Tiers
 from djinn_core.sessions.writeback import write_back
 from djinn_core.turn import Way
 
@@ -299,11 +299,19 @@ class Room:
             others = "others fill the device, " if self.pool.free_bytes >= needed_bytes else ""
             raise OutOfDeviceMemory(
                 f"session {holding.id} needs {needed_bytes:,} bytes more, {others}and no other paused session can "
-                "leave the device; pause or close one and try again",
+                f"leave the device ({self._who_stays(holding)}); pause or close one and try again",
                 needed_bytes=needed_bytes,
                 free_bytes=max(0, self.pool.free_bytes),
             )
         return got
+
+    def _who_stays(self, keep: Holding) -> str:
+        """The states of the others on the device, and what stopped one of them from leaving, if anything did."""
+        with self.lock:
+            there = [h for h in self.holdings.values() if h is not keep and h.mapped]
+        states = Counter(h.state.value for h in there)
+        stopped = [f"{h.id} stays: {h.trouble}" for h in there if h.trouble is not None]
+        return "; ".join([*(f"{count} {state}" for state, count in states.items()), *stopped[:1]]) or "nobody is there"
 
     def _take_or_make_room(
         self, take: Callable[[], Got | None], needed_bytes: int, keep: Holding | None, limit_s: float | None
@@ -311,7 +319,9 @@ class Room:
         """What `take` gets, after evicting paused sessions if need be; None when nobody else can leave.
 
         While another caller evicts, which may take long where the host is full, what comes free meanwhile is taken.
+        Whoever cannot leave only because he is on his way is waited for, but not for a prefetch.
         """
+        give_up_s = time.monotonic() + PATIENCE_S
         while True:
             if (got := take()) is not None:
                 return got
@@ -323,7 +333,10 @@ class Room:
                 if (got := take()) is not None:
                     return got
                 short = short or self.pool.free_bytes < needed_bytes
-                if not self._make_room_for(needed_bytes, short, keep, limit_s):
+                if self._make_room_for(needed_bytes, short, keep, limit_s):
+                    continue
+                owner = "" if keep is None else keep.id
+                if limit_s is not None or not self.tiers.wait_for_transfers(owner, give_up_s, _could_leave_later):
                     return None
         finally:
             self._acquiring.release()
@@ -440,6 +453,10 @@ class Room:
             Candidate(h.id, size_bytes, h.seems_clean(), h.last_use_s, h.expected_resume_s)
             for h, size_bytes in zip(able, sizes, strict=True)
         ]
+
+
+def _could_leave_later(holding: Holding) -> bool:
+    return holding.state is SessionState.PAUSED and bool(holding.mapped)
 
 
 def _pieces(blocks: Iterable[Block]) -> Iterator[list[Block]]:

@@ -13,7 +13,7 @@ them could take the room from each other for ever. When no room can be made, the
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -71,7 +71,7 @@ class Tiers:
             disk_full = self._make_room(size_bytes, optional)
             if disk_full is None:
                 continue
-            if optional or not self._wait_for_transfers(owner, give_up_s):
+            if optional or not self.wait_for_transfers(owner, give_up_s):
                 raise OutOfHostMemory(
                     f"session {owner}: the host is full, and nothing more can be spilled to disk ({disk_full}); close "
                     "a session, or raise host_bytes or disk_bytes, and try again",
@@ -235,11 +235,12 @@ class Tiers:
         except DeviceError:  # its bring-in failed: the host copy is the one that counts
             return False
 
-    def _wait_for_transfers(self, owner: str, give_up_s: float) -> bool:
+    def wait_for_transfers(self, owner: str, give_up_s: float, of: Callable[[Holding], bool] = lambda _: True) -> bool:
         """Wait a moment for others' transfers, which may leave room behind; False when there are none, or no time."""
         with self._pager.lock, self._seeking(owner):
             left_s = give_up_s - time.monotonic()
-            if left_s <= 0 or not any(h.in_motion() for h in self._pager.holdings.values() if h.id != owner):
+            others = [h for h in self._pager.holdings.values() if h.id != owner and of(h)]
+            if left_s <= 0 or not any(h.in_motion() for h in others):
                 return False
             self._pager.lock.wait(min(left_s, POLL_S))
             return True

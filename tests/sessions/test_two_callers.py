@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from djinn_core.errors import DjinnError
-from djinn_core.sessions import SessionState
+from djinn_core.errors import DjinnError, OutOfHostMemory
+from djinn_core.sessions import Session, SessionState
 from djinn_core.sessions.snapshot import load_session
 from djinn_core.turn import Way
 from tests.sessions.alone import alone
@@ -316,7 +316,7 @@ def test_a_block_is_not_given_back_while_it_is_written_to_disk(make_rig: MakeRig
 CLOSE = """
 import sys, threading
 from pathlib import Path
-from djinn_core.errors import DjinnError
+from djinn_core.errors import DjinnError, OutOfHostMemory
 from tests.sessions.oracle import prompt
 from tests.sessions.rigs import make_rig
 rig = make_rig(Path(sys.argv[1]))
@@ -341,8 +341,9 @@ def test_everything_is_closed_in_the_middle_of_a_pass(tmp_path: Path) -> None:
     assert done.returncode == 0, (done.returncode, done.stderr[-600:])
 
 
-def test_what_comes_free_is_taken_while_another_one_evicts(make_rig: MakeRig) -> None:
-    """Evicting may take long, where the host is full."""
+@pytest.fixture
+def full(make_rig: MakeRig) -> tuple[Rig, list[Session], Session]:
+    """A device full of sessions that run, and one that has left."""
     rig = make_rig(device_bytes=4 * SESSION_BYTES)
     sessions = [rig.open() for _ in range(6)]
     for seed, session in enumerate(sessions):
@@ -352,7 +353,12 @@ def test_what_comes_free_is_taken_while_another_one_evicts(make_rig: MakeRig) ->
     there = [session for session in sessions if session.state is SessionState.PAUSED]
     for session in there:
         session.resume()
-    away = next(session for session in sessions if session not in there)
+    return rig, there, next(session for session in sessions if session not in there)
+
+
+def test_what_comes_free_is_taken_while_another_one_evicts(full: tuple[Rig, list[Session], Session]) -> None:
+    """Evicting may take long, where the host is full."""
+    rig, there, away = full
     evicting, go_on = threading.Event(), threading.Event()
 
     def evict() -> None:
@@ -371,3 +377,40 @@ def test_what_comes_free_is_taken_while_another_one_evicts(make_rig: MakeRig) ->
     go_on.set()
     for thread in threads:
         thread.join(10)
+
+
+def test_who_is_on_his_way_may_leave_soon(full: tuple[Rig, list[Session], Session]) -> None:
+    """A resume that needs the room of one who cannot leave this very moment is not refused for that."""
+    rig, there, away = full
+    victim, lock = there[0], rig.sessions.pager.lock
+    victim.pause()
+    victim.wait_until("clean", 10)
+    with lock:
+        victim._holding.moving = True
+    resumed = threading.Thread(target=away.resume)
+    resumed.start()
+    time.sleep(0.1)
+    with lock:
+        victim._holding.moving = False
+        lock.notify_all()
+    resumed.join(10)
+    wait_for(lambda: away.trace.job.done)
+    assert away.trace.job.error is None and victim.state is SessionState.SWAPPED
+
+
+def test_a_refusal_says_who_stays_and_why(full: tuple[Rig, list[Session], Session], monkeypatch) -> None:
+    rig, there, away = full
+    away.resume()
+    wait_for(lambda: away.trace.job.done)
+    assert f"({len(there)} running)" in str(away.trace.job.error)
+    there[0].pause()
+    there[0].wait_until("clean", 10)
+
+    def refuse(*_: object, **__: object) -> bool:
+        raise OutOfHostMemory("the host is full", needed_bytes=1, free_bytes=0)
+
+    monkeypatch.setattr(rig.sessions.pager, "evict", refuse)
+    away.resume()
+    wait_for(lambda: away.trace.job.done)
+    for part in (f"{len(there) - 1} running", "1 paused", f"; {there[0].id} stays: the host is full"):
+        assert part in str(away.trace.job.error)
