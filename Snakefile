@@ -5,13 +5,11 @@
 #   snakemake --cores 1 streaming --config run=h200  one experiment, in a preset by name
 #
 # What is measured is in config/, how it is run is in profiles/. The rules are in workflow/rules/, one file for each
-# experiment; an experiment takes part when its file is there and the preset has a section for it.
+# experiment; an experiment takes part when its file is there and the preset has a section for it. config/config.yaml is
+# read by workflow/lib/config.py, which says what is wrong in it; Snakemake's own reader would not.
 from snakemake.utils import min_version
 
 min_version("9.20")
-
-
-configfile: "config/config.yaml"
 
 
 include: "workflow/rules/common.smk"

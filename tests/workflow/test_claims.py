@@ -273,3 +273,34 @@ def test_an_id_used_twice_is_refused(tmp_path: Path):
     file.write_text(yaml.safe_dump({"claims": [BY_ID["resume-drain"]] * 2}))
     with pytest.raises(ResultError, match="resume-drain"):
         claims.load_claims(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b"- a", "holds a list"),
+        (b"claims: [", "line 1: while parsing"),
+        (b"\xff", "not UTF-8"),
+        (b"claims: []\nclaims: []", "line 2: claims: given twice"),
+        (b"claims: null", "None is not of type 'array'"),
+    ],
+)
+def test_a_file_without_claims_is_refused(
+    tmp_path: Path, content: bytes, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    file = tmp_path / "claims.yaml"
+    file.write_bytes(content)
+    words = f"claims --results {tmp_path} --claims {file} --out {tmp_path}/claims.json --table {tmp_path}/claims.md"
+    monkeypatch.setattr("sys.argv", words.split())
+    assert claims.main() == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"claims: {file}") and said in told and told.count("\n") == 1
+
+
+def test_a_name_that_each_does_not_give_is_refused(tmp_path: Path):
+    claim = copy.deepcopy(BY_ID["streaming-link-rate"]) | {"each": {"sytem": ["djinn_ans"]}}
+    file = tmp_path / "claims.yaml"
+    file.write_text(json.dumps({"claims": [claim]}))
+    with pytest.raises(ResultError, match=r"streaming-link-rate: \$system is not of `each`; allowed: sytem"):
+        claims.load_claims(file)

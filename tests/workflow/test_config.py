@@ -89,6 +89,24 @@ def test_a_preset_without_an_experiment_is_a_graph_without_it() -> None:
         ("streaming.cap_bytes=40000000.0", ["streaming.cap_bytes: 40000000.0 is not of type 'integer'"]),
         ("nowhere.x=1", ["there is no section 'nowhere'"]),
         ("streaming", ["wanted section.key=value"]),
+        ("=1", ["--set =1: wanted section.key=value"]),
+        ("streaming.seed=[", ["--set streaming.seed=[, line 1: while parsing a flow node"]),
+        ("streaming.seed=2026-99-99", ["--set streaming.seed=2026-99-99: not YAML: month must be in 1..12"]),
+        ("streaming={1: 2}", ["--set streaming={1: 2}, line 1: the key 1 is not text"]),
+        ("streaming.model={seed: 1, seed: 2}", ["line 1: seed: given twice"]),
+        ("run=h200", ["--set run=h200: the preset is named by --run"]),
+        (
+            "streaming.expected_by_system={djinn_chunk16: {time_s: 3}}",
+            [
+                "presets/cpu.yaml: streaming.expected_by_system.djinn_chunk16: no such system",
+                "did you mean djinn_chunk16mib?; allowed: reference, accelerate_cpu_offload, ",
+            ],
+        ),
+        ("resume.expected_by_system={reference: {time_s: 3}}", ["allowed: eager, recompute, manual_offload_pageable"]),
+        (
+            "pressure.expected_by_system={recompute: {time_s: 3}}",
+            ["reference, eager, manual_offload, djinn, "],
+        ),
     ],
 )
 def test_wrong_settings_are_refused(override: str, said: list[str]) -> None:
@@ -96,6 +114,91 @@ def test_wrong_settings_are_refused(override: str, said: list[str]) -> None:
         load_config("cpu", [override])
     for words in said:
         assert words in str(refusal.value)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the committed settings, to be made wrong."""
+    return Path(shutil.copytree(ROOT / "config", tmp_path / "settings"))
+
+
+WRONG_FILES = [
+    (b"", "is empty, wanted a mapping"),
+    (b"# nothing\n", "is empty, wanted a mapping"),
+    (b"- machine\n", "holds a list, wanted a mapping"),
+    (b"a: [\n", "line 2: while parsing a flow node"),
+    (b"\xff\xfe", "not UTF-8: invalid start byte at byte 0"),
+    (b"\0", "not YAML: unacceptable character"),
+    (b"a: 2026-99-99", "not YAML: month must be in 1..12"),
+    (b"a: " + b"[" * 5000, "nested too deeply"),
+    (b"a: {b: 1,\n  b: 1}", "line 2: b: given twice, first in line 1"),
+    (b"a: 1\nb:\n  3: 1\n", "line 3: the key 3 is not text"),
+    (b"on: 1\n", "line 1: the key on is not text"),
+    (b"[a]: 1\n", "line 1: the key a sequence is not text"),
+]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "presets/cpu.yaml"])
+@pytest.mark.parametrize(("content", "said"), WRONG_FILES)
+def test_a_file_that_holds_no_settings_is_refused(folder: Path, name: str, content: bytes, said: str) -> None:
+    (folder / name).write_bytes(content)
+    with pytest.raises(SettingsError) as refusal:
+        load_config("cpu", folder=folder)
+    assert str(refusal.value).startswith(str(folder / name)) and said in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(folder: Path) -> None:
+    (folder / "config.yaml").unlink()
+    with pytest.raises(SettingsError, match=r"config\.yaml: cannot be read: No such file"):
+        load_config("cpu", folder=folder)
+
+
+def test_a_key_given_twice_is_refused_with_both_lines(folder: Path) -> None:
+    preset = folder / "presets" / "cpu.yaml"
+    lines = preset.read_text().splitlines()
+    first = lines.index("  decode_tokens: 8")
+    preset.write_text("\n".join([*lines[: first + 1], "  decode_tokens: 9", *lines[first + 1 :]]))
+    said = f"cpu.yaml, line {first + 2}: decode_tokens: given twice, first in line {first + 1}"
+    with pytest.raises(SettingsError, match=said):
+        load_config("cpu", folder=folder)
+
+
+def test_a_key_may_come_again_over_one_that_was_merged(folder: Path) -> None:
+    (folder / "x.yaml").write_text("a: &a {b: 1, c: 1}\nd:\n  <<: *a\n  b: 2\n")
+    assert config.read_yaml(folder / "x.yaml")["d"] == {"b": 2, "c": 1}
+
+
+def test_a_preset_does_not_name_a_run(folder: Path) -> None:
+    preset = folder / "presets" / "cpu.yaml"
+    preset.write_text("run: h200\n" + preset.read_text())
+    with pytest.raises(SettingsError, match=r"cpu\.yaml: run: a preset's name is that of its file"):
+        load_config("cpu", folder=folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        *WRONG_FILES[:5],
+        (b"points: []", "points: [] should be non-empty"),
+        (b"a: 1", "a: unknown key; allowed: points"),
+        (b"points: [{live_layers: 1}]", "points.0: 'prefetch_layers' is a required property"),
+        (
+            b"points: [{prefetch_layers: a, live_layers: 1, reuse_layers: 0, persistence_numel: 1}]",
+            "points.0.prefetch_layers: 'a' is not of type 'number'",
+        ),
+        (
+            b"points: [{prefetch_layers: 1, live_layers: .inf, reuse_layers: 0, persistence_numel: 1}]",
+            "points.0.live_layers: inf is not of type 'number'",
+        ),
+    ],
+)
+def test_a_wrong_grid_is_refused(folder: Path, content: bytes, said: str) -> None:
+    grid = folder / "deepspeed_grid.yaml"
+    grid.write_bytes(content)
+    with pytest.raises(SettingsError) as refusal:
+        config.read_grid(grid)
+    assert str(refusal.value).startswith(str(grid)) and said in str(refusal.value)
 
 
 def checkpoint(folder: Path, **fields: object) -> Path:
@@ -150,10 +253,37 @@ def test_settings_are_read_without_torch(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, timeout=100)
 
 
-def test_the_pipeline_refuses_a_wrong_path_before_any_rule(tmp_path: Path) -> None:
+def pipeline_in(folder: Path) -> None:
+    """A pipeline of its own, to be made wrong."""
     for name in ("config", "djinn_core", "workflow"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "Snakefile", tmp_path)
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "Snakefile", folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.yaml", b"a: [\n", "config.yaml, line 2: while parsing"),
+        ("config.yaml", b"\xff", "config.yaml: not UTF-8"),
+        ("deepspeed_grid.yaml", b"", "deepspeed_grid.yaml: is empty"),
+        ("claims.yaml", b"", "config/claims.yaml: is empty"),
+        ("claims.yaml", b"claims: [{id: a}]", "config/claims.yaml: $.claims[0]: 'sentence' is a required property"),
+        ("presets/h200.yaml", b"machine: 3", "h200.yaml: machine.needs: wanted device_bytes and host_bytes"),
+    ],
+)
+def test_the_pipeline_refuses_a_wrong_file(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    pipeline_in(tmp_path)
+    (tmp_path / "config" / name).write_bytes(content)
+    chosen = "auto" if name.startswith("presets") else "cpu"
+    command = [sys.executable, "-m", "snakemake", "-n", "--config", f"run={chosen}", "--", "claims"]
+    refused = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert refused.returncode != 0
+    told = refused.stdout + refused.stderr
+    assert "WorkflowError" in told and said in told
+
+
+def test_the_pipeline_refuses_a_wrong_path_before_any_rule(tmp_path: Path) -> None:
+    pipeline_in(tmp_path)
     preset = tmp_path / "config" / "presets" / "cpu.yaml"
     preset.write_text(preset.read_text().replace("small-llama, path: null", "small-llama, path: ./absent", 1))
     command = [sys.executable, "-m", "snakemake", "-n", "--config", "run=cpu", "--", "all"]
@@ -194,6 +324,19 @@ def test_the_pipeline_refuses_what_it_would_not_read(given: str) -> None:
 def test_an_unknown_preset_names_those_there_are() -> None:
     with pytest.raises(SettingsError, match="no preset 'b200'; allowed: cpu, h100, h200, h200_70b, l4"):
         load_config("b200")
+
+
+@pytest.mark.parametrize("run", ["../presets/cpu", "a/b", "", ".", "cpu.yaml", "cpu\0", None, 3, ["cpu"]])
+def test_only_a_name_is_a_preset(run: object) -> None:
+    with pytest.raises(SettingsError, match=r"run: no preset .*; allowed: cpu, h100, h200, h200_70b, l4"):
+        load_config(run)
+
+
+def test_the_pipeline_refuses_a_path_for_a_run() -> None:
+    command = [sys.executable, "-m", "snakemake", "-n", "--config", "run=../presets/cpu", "--", "certify"]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert refused.returncode != 0
+    assert "no preset '../presets/cpu'; allowed: cpu, h100," in refused.stdout + refused.stderr
 
 
 def test_an_override_is_effective_and_recorded() -> None:

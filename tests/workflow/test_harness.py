@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -22,7 +23,6 @@ import torch
 from djinn_core import machine
 from djinn_core.errors import OutOfDeviceMemory, UnsupportedModel, WeightsError
 from workflow.lib import cgroup, children, harness, identity, limits
-from workflow.lib.gpulock import gpu_lock
 from workflow.lib.memory import MemorySampler
 from workflow.lib.results import read_result, write_json
 from workflow.lib.systems import STREAMING_GROUPS
@@ -305,45 +305,21 @@ def test_an_experiment_that_the_preset_does_not_measure_is_refused(tmp_path: Pat
     assert "no section 'resume'" in (tmp_path / "log").read_text()
 
 
-def test_two_checkouts_meet_at_one_lock_wherever_their_temporary_files_go(tmp_path: Path) -> None:
-    code = "from workflow.lib.gpulock import lock_path; print(lock_path('GPU-1'))"
-    homes = [tmp_path / "a", tmp_path / "b"]
-    for home in homes:
-        home.mkdir()
-    said = {
-        subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "TMPDIR": str(home)}, capture_output=True
-        ).stdout
-        for home in homes
-    }
-    assert said == {b"/tmp/djinn-GPU-1.lock\n"}
+def test_a_result_that_the_disk_does_not_take_is_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-
-def test_a_second_job_waits_for_the_gpu_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "gpu.lock"
-    code = (
-        "import sys, pathlib; from workflow.lib.gpulock import gpu_lock\n"
-        "with gpu_lock('GPU-1', path=pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.readline()"
-    )
-    command = [sys.executable, "-c", code, str(path)]
-    with children.child(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout.readline() == "held\n"
-        with children.child(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as second:
-            time.sleep(1.0)
-            os.set_blocking(second.stdout.fileno(), False)
-            assert not second.stdout.readline()  # it waits
-            os.kill(first.pid, signal.SIGKILL)  # a holder that dies lets go
-            os.set_blocking(second.stdout.fileno(), True)
-            assert second.stdout.readline() == "held\n"
-            holder = os.getpid()
-            started_s = time.monotonic()
-            os.kill(second.pid, signal.SIGSTOP)
-            timer = subprocess.Popen(["sh", "-c", f"sleep 0.7; kill -KILL {second.pid}"])
-            with gpu_lock("GPU-1", path=path) as waited_s:
-                assert 0.3 < waited_s <= time.monotonic() - started_s
-            timer.wait()
-    assert f"process {second.pid}" in caplog.text
-    assert f"process {holder}" in path.read_text()
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, measured)
+    assert end.value.code == 1
+    out = tmp_path / "streaming" / "djinn.json"
+    for told in ((tmp_path / "log").read_text(), capsys.readouterr().err):
+        assert f"ERROR djinn.experiment: {out} was not written: No space left on device; " in told
+        assert "bytes were wanted; make room in " in told and "Traceback" not in told
+    assert not list(out.parent.iterdir())
 
 
 def test_children_end_with_their_parent() -> None:

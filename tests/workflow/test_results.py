@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import pytest
 from workflow.lib import stats
 from workflow.lib.results import (
     NOT_APPLICABLE,
+    NotWritten,
     Result,
     ResultError,
     assert_comparable,
@@ -142,6 +144,33 @@ def test_a_writer_killed_in_the_middle_leaves_the_old_file(tmp_path: Path) -> No
     write_text(target, "after")
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
     assert target.read_text() == "after"
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(errno.ENOSPC, "No space left on device"), (errno.EDQUOT, "quota"), (errno.EIO, "name a place that can be")],
+)
+def test_a_disk_that_takes_no_more_is_said_and_leaves_no_half_file(
+    tmp_path: Path, number: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    path = tmp_path / "x.json"
+    write_text(path, "old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(NotWritten) as refusal:
+        write_text(path, "é" * 1000)
+    told = str(refusal.value)
+    assert told.startswith(f"{path} was not written: ") and "2,000 bytes were wanted" in told and said in told
+    assert (f"make room in {tmp_path} and run it again" in told) == (number != errno.EIO)
+    assert os.listdir(tmp_path) == ["x.json"] and path.read_text() == "old"
+
+
+def test_a_place_that_takes_no_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(NotWritten, match=r"file/x\.json was not written: Not a directory|File exists"):
+        write_text(tmp_path / "file" / "x.json", "text")
 
 
 def test_percentiles_and_median_of_known_values() -> None:

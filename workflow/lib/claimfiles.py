@@ -1,10 +1,43 @@
-"""Which result files a claim reads. Apart from the judging, so that the rules can ask without loading what judges."""
+"""The claims, and which result files each reads. Apart from the judging, which the rules need not load to ask this."""
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
+
+from workflow.lib.results import ResultError, validate
+from workflow.lib.yamlfile import SettingsError, read_yaml
+
+CLAIMS = Path("config/claims.yaml")
+
+
+def load_claims(path: str | Path = CLAIMS) -> list[dict[str, Any]]:
+    """The claims, checked by their schema.
+
+    Raises:
+        ResultError: the file cannot be read, names a key, a value or a $name that is not allowed, or an id twice.
+    """
+    try:
+        document = read_yaml(path)
+    except SettingsError as error:
+        raise ResultError(str(error)) from error
+    validate(document, "claims", str(path))
+    claims = document["claims"]
+    twice = [name for name, count in Counter(claim["id"] for claim in claims).items() if count > 1]
+    if twice:
+        raise ResultError(f"{path}: the id {twice[0]} is used twice")
+    for claim in claims:
+        try:
+            files_of(claim)
+        except KeyError as error:
+            allowed = ", ".join(claim.get("each", {})) or "none, as there is no `each`"
+            raise ResultError(
+                f"{path}: {claim['id']}: ${error.args[0]} is not of `each`; allowed: {allowed}"
+            ) from error
+    return claims
 
 
 def filled(node: Any, variables: Mapping[str, Any]) -> Any:

@@ -17,23 +17,21 @@ from typing import Any
 
 import jsonschema
 import pynvml
-import yaml
 
 from djinn_core.errors import WeightsError
 from djinn_core.models.folder import find_folder, is_hub_id, weights_file
 from workflow.lib import models
 from workflow.lib.results import schema
+from workflow.lib.systems import SYSTEMS
+from workflow.lib.yamlfile import SettingsError, parse, read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "config"
+GRID = CONFIG / "deepspeed_grid.yaml"
 EXPERIMENTS = ("certify", "streaming", "resume", "pressure")
 # from the largest to the smallest: `auto` takes the first that fits the machine; other presets are taken by name
 PRESETS = ("h200", "h100", "l4", "cpu")
 CHECKPOINTS = "null, a folder with config.json and safetensors, or a hub id (owner/name) in the local cache"
-
-
-class SettingsError(Exception):
-    """A setting is unknown, of the wrong type, or out of range; the message has the key and what is allowed."""
 
 
 def load_config(run: str, overrides: list[str] | None = None, *, folder: Path = CONFIG) -> dict[str, Any]:
@@ -46,15 +44,20 @@ def load_config(run: str, overrides: list[str] | None = None, *, folder: Path = 
     Raises:
         SettingsError: no such preset, or a setting that the schema or the model does not allow.
     """
-    path = folder / "presets" / f"{run}.yaml"
-    if not path.is_file():
-        known = sorted(file.stem for file in (folder / "presets").glob("*.yaml"))
+    known = sorted(file.stem for file in (folder / "presets").glob("*.yaml"))
+    if run not in known:  # a path is no name: results/RUN would lie somewhere else
         raise SettingsError(f"run: no preset {run!r}; allowed: {', '.join(known)}")
-    settings = merge(read_yaml(folder / "config.yaml"), read_yaml(path))
+    path = folder / "presets" / f"{run}.yaml"
+    preset = read_yaml(path)
+    if "run" in preset:
+        raise SettingsError(f"{path}: run: a preset's name is that of its file; remove the key")
+    settings = merge(read_yaml(folder / "config.yaml"), preset)
     settings["run"] = run
     for override in overrides or []:
         apply_override(settings, override)
     check(settings, where=f"{path.parent.name}/{path.name}")
+    if "streaming" in settings:
+        read_grid()
     settings["overrides"] = list(overrides or [])
     return settings
 
@@ -71,6 +74,12 @@ def check_command_line(given: dict[str, Any], *, folder: Path = CONFIG) -> None:
             raise SettingsError(f"--config {key}: allowed: run; settings belong into config/config.yaml or a preset")
 
 
+def run_of(given: dict[str, Any], *, folder: Path = CONFIG) -> str:
+    """The run that `--config run=` gave, else that of config.yaml; for `auto` the preset that fits this machine."""
+    run = given["run"] if "run" in given else read_yaml(folder / "config.yaml").get("run")
+    return auto_run(folder=folder) if run == "auto" else run
+
+
 def auto_run(*, folder: Path = CONFIG) -> str:
     """The largest preset whose GPU memory and host memory this machine has; `cpu` without such a GPU.
 
@@ -79,8 +88,13 @@ def auto_run(*, folder: Path = CONFIG) -> str:
     gpu_bytes = first_gpu_bytes()
     host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for run in PRESETS[:-1]:
-        needs = read_yaml(folder / "presets" / f"{run}.yaml")["machine"]["needs"]
-        if gpu_bytes >= needs["device_bytes"] and host_bytes >= needs["host_bytes"]:
+        path = folder / "presets" / f"{run}.yaml"
+        try:
+            needs = read_yaml(path)["machine"]["needs"]
+            fits = gpu_bytes >= needs["device_bytes"] and host_bytes >= needs["host_bytes"]
+        except (KeyError, TypeError) as error:
+            raise SettingsError(f"{path}: machine.needs: wanted device_bytes and host_bytes, both numbers") from error
+        if fits:
             return run
     if gpu_bytes:
         print(
@@ -118,17 +132,6 @@ def section(settings: dict[str, Any], experiment: str) -> dict[str, Any]:
     return own | {"machine": deepcopy(settings["machine"]), "overrides": list(settings.get("overrides", []))}
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{path}: not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise SettingsError(f"{path}: holds {type(content).__name__}, wanted a mapping")
-    return content
-
-
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`base` with `over` on top, mappings merged key by key."""
     merged = deepcopy(base)
@@ -144,12 +147,14 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
     *parents, key = name.split(".")
     if not equals or not key:
         raise SettingsError(f"--set {override}: wanted section.key=value")
+    if name == "run":
+        raise SettingsError(f"--set {override}: the preset is named by --run")
     place = settings
     for parent in parents:
         place = place.get(parent) if isinstance(place, dict) else None
         if not isinstance(place, dict):
             raise SettingsError(f"--set {override}: there is no section {parent!r}")
-    place[key] = yaml.safe_load(text)
+    place[key] = parse(text, f"--set {override}")
 
 
 def _whole(_: Any, value: Any) -> bool:
@@ -169,19 +174,46 @@ Strict = jsonschema.validators.extend(
 
 def check(settings: dict[str, Any], where: str) -> None:
     """Refuse settings that the schema or the model does not allow; an unknown key before one that is missing for it."""
-    validator = Strict(schema("config"))
+    check_schema(settings, "config", where)
+    for experiment in EXPERIMENTS:
+        check_systems(experiment, settings.get(experiment, {}).get("expected_by_system", {}), where)
+        if "model" in settings.get(experiment, {}):
+            if settings[experiment]["model"]["path"] is not None:
+                check_path(experiment, settings[experiment]["model"]["path"], where)
+            check_against_model(experiment, settings[experiment], where)
+
+
+def check_schema(document: dict[str, Any], name: str, where: str) -> None:
+    """Refuse what the schema NAME does not allow."""
     error = min(
-        validator.iter_errors(settings),
+        Strict(schema(name)).iter_errors(document),
         key=lambda error: (error.validator != "additionalProperties", list(map(str, error.absolute_path))),
         default=None,
     )
     if error is not None:
         raise SettingsError(f"{where}: {explain(error)}")
-    for experiment in EXPERIMENTS:
-        if "model" in settings.get(experiment, {}):
-            if settings[experiment]["model"]["path"] is not None:
-                check_path(experiment, settings[experiment]["model"]["path"], where)
-            check_against_model(experiment, settings[experiment], where)
+
+
+def check_systems(experiment: str, named: dict[str, Any], where: str) -> None:
+    """What is expected of a system that does not exist would be read by nobody."""
+    allowed = SYSTEMS.get(experiment, ())
+    for system in named:
+        if system not in allowed:
+            key = f"{experiment}.expected_by_system.{system}"
+            raise SettingsError(
+                f"{where}: {key}: no such system{hint(system, list(allowed))}; allowed: {', '.join(allowed)}"
+            )
+
+
+def read_grid(path: Path = GRID) -> list[dict[str, float]]:
+    """The points of DeepSpeed's settings that are tried, checked.
+
+    Raises:
+        SettingsError: with the path, the key and what is allowed.
+    """
+    grid = read_yaml(path)
+    check_schema(grid, "grid", str(path))
+    return grid["points"]
 
 
 def explain(error: jsonschema.ValidationError) -> str:

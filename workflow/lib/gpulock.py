@@ -10,6 +10,7 @@ import errno
 import fcntl
 import logging
 import os
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +19,13 @@ from pathlib import Path
 
 log = logging.getLogger("djinn.gpulock")
 WAIT_S = 0.5
+WANTED = "wanted a plain file that this user may write: remove what is there, if nobody measures"
 FOLDER = Path("/tmp")
+FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+
+
+class LockError(Exception):
+    """What lies in the lock's place cannot be locked; the message has the path and what to do."""
 
 
 def lock_path(uuid: str) -> Path:
@@ -28,7 +35,11 @@ def lock_path(uuid: str) -> Path:
 
 @contextmanager
 def gpu_lock(uuid: str, *, path: Path | None = None) -> Iterator[float]:
-    """Hold the GPU for the block; yields the seconds waited. Says who holds it while waiting."""
+    """Hold the GPU for the block; yields the seconds waited. Says who holds it while waiting.
+
+    Raises:
+        LockError: the lock's place has something else than a file of its own, or a file that may not be opened.
+    """
     began_s = time.monotonic()
     handle = _open(path or lock_path(uuid))
     try:
@@ -46,11 +57,25 @@ def gpu_lock(uuid: str, *, path: Path | None = None) -> Iterator[float]:
 
 
 def _open(path: Path) -> int:
+    """A plain file and no link to one: who locks it writes into it, and everybody may put a link into /tmp."""
+    try:
+        handle = _opened(path)
+    except OSError as error:
+        why = "it is a symbolic link" if error.errno == errno.ELOOP else os.strerror(error.errno)
+        raise LockError(f"{path} cannot be the lock of the GPU: {why}; {WANTED}") from error
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(handle)
+        raise LockError(f"{path} cannot be the lock of the GPU: it is no plain file with one name; {WANTED}")
+    return handle
+
+
+def _opened(path: Path) -> int:
     """Opened without O_CREAT first: in a sticky folder the kernel refuses O_CREAT on another user's file."""
     try:
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        return os.open(path, FLAGS)
     except FileNotFoundError:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        handle = os.open(path, FLAGS | os.O_CREAT, 0o666)
         os.fchmod(handle, 0o666)  # past the umask, for other users of the machine
         return handle
 

@@ -31,10 +31,10 @@ from djinn_core import machine
 from djinn_core.errors import CapacityError, DjinnError, PinningRefused, UnsupportedModel
 from workflow.lib import cgroup, children, identity, limits
 from workflow.lib.config import SettingsError, load_config, section
-from workflow.lib.gpulock import gpu_lock
+from workflow.lib.gpulock import LockError, gpu_lock
 from workflow.lib.memory import MemorySampler
 from workflow.lib.progress import Progress
-from workflow.lib.results import Result
+from workflow.lib.results import NotWritten, Result
 
 log = logging.getLogger("djinn.experiment")
 Measure = Callable[[str, dict[str, Any]], dict[str, float | None]]
@@ -137,10 +137,26 @@ def begin(args: argparse.Namespace) -> dict[str, Any]:
     return read_settings(args)
 
 
-def lock_of(device: str) -> Any:
-    """The lock that a job on `device` must hold: none on the emulated device."""
+@contextmanager
+def lock_of(device: str) -> Iterator[float]:
+    """The lock that a job on `device` must hold, none on the emulated device; one that cannot be taken ends it."""
     uuid = machine.gpu_uuid() if device != "cpu" else None
-    return nullcontext(0.0) if uuid is None else gpu_lock(uuid)
+    try:
+        with nullcontext(0.0) if uuid is None else gpu_lock(uuid) as waited_s:
+            yield waited_s
+    except LockError as error:
+        log.error("%s", error)
+        raise SystemExit(1) from error
+
+
+@contextmanager
+def written() -> Iterator[None]:
+    """Around the writing of a result: one that the disk does not take ends the process with status 1 and one line."""
+    try:
+        yield
+    except NotWritten as error:
+        log.error("%s", error)
+        raise SystemExit(1) from error
 
 
 @contextmanager
@@ -194,7 +210,8 @@ def experiment(
         result.limits = limits.bracket(experiment, system, before, after, config["machine"])
         result.machine["state"]["after"] = machine.state(uuid)
     judge(result)
-    result.write(args.out)
+    with written():
+        result.write(args.out)
     log.info(
         "%s/%s: %s in %.1f s of %.1f s in all, %d samples, in %s%s",
         *(experiment, system, result.status, took_s, progress.elapsed_s, len(result.samples), args.out),
@@ -239,7 +256,8 @@ def foreign_reason(result: Result, when: str) -> str:
 def leave_early(result: Result, out: Path, status: str, reason: str) -> None:
     """Write a result without a measurement and end with status 0."""
     result.fail(status, reason)
-    result.write(out)
+    with written():
+        result.write(out)
     log.warning("%s/%s: %s: %s", result.experiment, result.system, status, reason)
     raise SystemExit(0)
 

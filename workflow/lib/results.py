@@ -8,6 +8,7 @@ Not taken: a results database. Files can be read, compared and published one by 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -33,6 +34,10 @@ INDEX_DIMENSIONS = frozenset({"repeat", "time_s"})
 
 class ResultError(Exception):
     """A result that cannot be written, read or compared; the message names the file and the field."""
+
+
+class NotWritten(ResultError):
+    """The file system did not take a file; what was there before is as it was."""
 
 
 class Result:
@@ -209,8 +214,22 @@ def write_json(path: str | Path, document: Any) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """As `write_json`, for text."""
+    """As `write_json`, for text.
+
+    Raises:
+        NotWritten: with the path, the bytes that were wanted and what to do.
+    """
     target = Path(path)
+    try:
+        _replace(target, text)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        todo = f"make room in {target.parent} and run it again" if full else "name a place that can be written"
+        wanted = f"{len(text.encode()):,} bytes were wanted"
+        raise NotWritten(f"{target} was not written: {error.strerror or error}; {wanted}; {todo}") from error
+
+
+def _replace(target: Path, text: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     for leftover in target.parent.glob(f".{target.name}.*.part"):  # of a writer that was killed in the middle
         leftover.unlink(missing_ok=True)

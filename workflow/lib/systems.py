@@ -25,3 +25,9 @@ RESUME_METHODS = (
     "djinn",
 )
 PRESSURE_SYSTEMS = ("eager", "manual_offload", "djinn", "djinn_uncapped")
+# by experiment, with the reference that the others are compared with: what --system takes
+SYSTEMS = {
+    "streaming": ("reference", *(system for group in STREAMING_GROUPS.values() for system in group)),
+    "resume": RESUME_METHODS,
+    "pressure": ("reference", *PRESSURE_SYSTEMS),
+}

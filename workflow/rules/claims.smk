@@ -1,9 +1,10 @@
-import yaml
+from workflow.lib.claimfiles import CLAIMS, input_files, load_claims
+from workflow.lib.results import ResultError
 
-from workflow.lib.claimfiles import input_files
-
-with open("config/claims.yaml", encoding="utf-8") as file:
-    CLAIMED = input_files(yaml.safe_load(file)["claims"])
+try:
+    CLAIMED = input_files(load_claims(CLAIMS))
+except ResultError as error:
+    raise WorkflowError(str(error)) from error
 
 
 rule claims:
@@ -21,6 +22,7 @@ rule claims:
             "workflow/scripts/claims.py",
             "workflow/lib/claims.py",
             "workflow/lib/claimfiles.py",
+            "workflow/lib/yamlfile.py",
             "workflow/plots/style.py",
         ],
     output:

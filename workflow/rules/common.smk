@@ -9,10 +9,10 @@ sys.path.insert(0, str(workflow.basedir))
 from workflow.lib import identity
 from workflow.lib.config import (
     SettingsError,
-    auto_run,
     canonical,
     check_command_line,
     load_config,
+    run_of,
 )
 from workflow.lib.stalelock import remove_stale_locks
 
@@ -22,6 +22,14 @@ def settings_of(run):
     try:
         check_command_line(config)
         return load_config(run)
+    except SettingsError as error:
+        raise WorkflowError(str(error)) from error
+
+
+def this_run():
+    """The name of the run; a configuration that names none ends Snakemake with one line."""
+    try:
+        return run_of(config)
     except SettingsError as error:
         raise WorkflowError(str(error)) from error
 
@@ -59,7 +67,7 @@ def results_folder(wildcards, input):
 
 
 remove_stale_locks(Path.cwd())
-RUN = auto_run() if config["run"] == "auto" else config["run"]
+RUN = this_run()
 SETTINGS = settings_of(RUN)
 # Rules that measure take all cores that Snakemake has, so that no two of them ever run beside each other.
 ALL_CORES = workflow.cores or 1

@@ -42,7 +42,8 @@ def main() -> None:
         "summary": summary_of(found.samples),
     }
     validate(document, "certificate", str(args.out))
-    write_json(args.out, document)
+    with harness.written():
+        write_json(args.out, document)
     for line in found.lines:
         level = logging.WARNING if line.verdict == "fail" else logging.INFO
         log.log(level, "%s %s: %s %s (%s)", line.verdict, line.name, line.value, line.unit, line.threshold)

@@ -14,31 +14,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from workflow.lib.claimfiles import input_files
+from workflow.lib.claimfiles import CLAIMS, input_files, load_claims
 from workflow.lib.claims import OTHER_HARDWARE, VERDICTS, Case, Judged, judge, load_files
-from workflow.lib.results import ResultError, validate, write_json, write_text
+from workflow.lib.results import ResultError, write_json, write_text
 from workflow.plots.load import certificate_of, digest
 from workflow.plots.style import machine_line
 
-CLAIMS = Path("config/claims.yaml")
 SYMBOLS = {"at_least": "≥", "at_most": "≤", "below": "<", "above": ">", "is": "="}
-
-
-def load_claims(path: str | Path = CLAIMS) -> list[dict[str, Any]]:
-    """The claims, checked by their schema.
-
-    Raises:
-        ResultError: the file names a key or a value that the schema does not allow, or an id twice.
-    """
-    document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    validate(document, "claims", str(path))
-    claims = document["claims"]
-    twice = [name for name, count in Counter(claim["id"] for claim in claims).items() if count > 1]
-    if twice:
-        raise ResultError(f"{path}: the id {twice[0]} is used twice")
-    return claims
 
 
 def judge_all(claims: Iterable[Mapping[str, Any]], results_dir: Path) -> list[Judged]:

@@ -21,6 +21,7 @@ import torch
 import djinn_core as djinn
 from workflow.lib import harness
 from workflow.lib.results import read_result
+from workflow.lib.systems import SYSTEMS
 from workflow.scripts.pressure_systems import served_run, swaps
 from workflow.scripts.pressure_systems.manual import StockTenant
 from workflow.scripts.pressure_systems.trace import MemoryTrace
@@ -35,12 +36,11 @@ from workflow.scripts.resume_methods.manual_offload import (
     ManualOffloadPinned,
 )
 
-SYSTEMS = ("reference", "eager", "manual_offload", "djinn", "djinn_uncapped")
 STOCK_ALLOCATOR = "expandable_segments:True"  # stock caches grow by a token: without this a quarter of the cap is holes
 
 
 def main() -> None:
-    args = harness.arguments("pressure", systems=SYSTEMS)
+    args = harness.arguments("pressure", systems=SYSTEMS["pressure"])
     if args.system not in ("djinn", "djinn_uncapped"):
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", STOCK_ALLOCATOR)  # read when torch first allocates
     if args.system == "djinn":

@@ -23,19 +23,17 @@ from djinn_core import machine
 from workflow.lib import harness
 from workflow.lib.memory import host_bytes, torch_pinned_outside_bytes
 from workflow.lib.results import NOT_APPLICABLE
-from workflow.lib.systems import STREAMING_GROUPS
+from workflow.lib.systems import SYSTEMS
 from workflow.lib.trace import Trace, dmon, gpu_index, nothing_traced
 from workflow.scripts.streaming_systems import measure, resident
 from workflow.scripts.streaming_systems.base import Loaded, source_of, weight_bytes
-
-SYSTEMS = ("reference", *(system for group in STREAMING_GROUPS.values() for system in group))
 
 
 def main() -> None:
     own = argparse.ArgumentParser(add_help=False)
     own.add_argument("--trace", type=Path, help="write the text of nvidia-smi dmon here")
     mine, rest = own.parse_known_args()
-    args = harness.arguments("streaming", systems=SYSTEMS, argv=rest)
+    args = harness.arguments("streaming", systems=SYSTEMS["streaming"], argv=rest)
     nothing_traced(mine.trace, "the system was not run on this machine; its result says why")
     with harness.experiment(args, experiment="streaming", system=args.system) as exp:
         exp.config["disable_kv_swap"] = True  # nothing here opens a session, so no KV can leave the device

@@ -23,7 +23,6 @@ from typing import Any
 import deepspeed
 import deepspeed.ops
 import torch
-import yaml
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch.utils.cpp_extension import _get_build_directory
@@ -33,7 +32,7 @@ from transformers.initialization import no_init_weights
 from djinn_core.errors import UnsupportedModel
 from djinn_core.models.source import WeightSource
 from djinn_core.weights.store import read_all
-from workflow.lib.config import CONFIG
+from workflow.lib.config import GRID, read_grid
 from workflow.lib.harness import Experiment, Outcome
 from workflow.scripts.streaming_systems.base import (
     Loaded,
@@ -50,7 +49,6 @@ from workflow.scripts.streaming_systems.base import (
 if os.access(sys.prefix, os.W_OK):
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
-GRID = CONFIG / "deepspeed_grid.yaml"
 HALF_SECTIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 NVME_BUFFERS = 8
 NVME_PREFIX = "deepspeed-nvme-"
@@ -135,7 +133,6 @@ def nvme(exp: Experiment) -> Iterator[Loaded]:
 
 def grid_points(layer_numel: int) -> list[dict[str, int]]:
     """The committed grid in DeepSpeed's units (elements) for layers of this size."""
-    points = yaml.safe_load(GRID.read_text())["points"]
     return [
         {
             "stage3_prefetch_bucket_size": int(point["prefetch_layers"] * layer_numel),
@@ -143,7 +140,7 @@ def grid_points(layer_numel: int) -> list[dict[str, int]]:
             "stage3_max_reuse_distance": int(point["reuse_layers"] * layer_numel),
             "stage3_param_persistence_threshold": int(point["persistence_numel"]),
         }
-        for point in points
+        for point in read_grid()
     ]
 
 
