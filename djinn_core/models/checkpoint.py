@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os.path
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +16,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from djinn_core.errors import ConfigError, WeightsError
+from djinn_core.errors import WeightsError
+from djinn_core.models.config_file import believed, check_sizes, read_fields
 from djinn_core.models.folder import INDEX, weights_file
 from djinn_core.models.identity import config_digest, dtype_name
 from djinn_core.models.safetensor_file import READ_BYTES, SafetensorFile, StoredTensor
@@ -88,19 +90,16 @@ class CheckpointSource:
 
 
 def _read_config(folder: Path) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{folder} has no config.json that transformers knows: {error}") from error
+    path = folder / "config.json"
+    read_fields(path)  # transformers would guess a missing `model_type` from the folder's name
+    return check_sizes(believed(path, lambda: AutoConfig.from_pretrained(folder, local_files_only=True)), path)
 
 
 def _read_generation_config(folder: Path) -> GenerationConfig | None:
-    if not (folder / "generation_config.json").is_file():
+    path = folder / "generation_config.json"
+    if not path.is_file():
         return None
-    try:
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{folder / 'generation_config.json'}: {error}") from error
+    return believed(path, lambda: GenerationConfig.from_pretrained(folder, local_files_only=True))
 
 
 def _read_headers(folder: Path) -> dict[str, StoredTensor]:
@@ -111,12 +110,14 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
 
 def _read_shards(index: Path) -> dict[str, StoredTensor]:
     try:
-        weight_map = dict(json.loads(index.read_text())["weight_map"])
-        names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError) as error:
+        weight_map = json.loads(index.read_text())["weight_map"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise WeightsError(f"{index} has no readable weight_map: {error!r}") from error
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise WeightsError(f"{index} has no readable weight_map: it must be an object of tensor names and file names")
+    names = sorted(set(weight_map.values()))
     outside = [name for name in names if Path(name).name != name]
-    absent = [name for name in names if not (index.parent / name).is_file()]
+    absent = [name for name in names if not os.path.isfile(index.parent / name)]
     if outside or absent:
         raise WeightsError(f"{index} names shards that are not in its folder: {', '.join((outside + absent)[:5])}")
     stored: dict[str, StoredTensor] = {}

@@ -31,12 +31,12 @@ def find_folder(name: str | Path) -> Path | None:
 
 
 def weights_file(folder: Path) -> Path:
-    """The index of the shards if there is one, else the single file.
+    """The single file if there is one, else the index of the shards, in the order of transformers.
 
     Raises:
         WeightsError: the folder holds neither.
     """
-    for name in (INDEX, SINGLE):
+    for name in (SINGLE, INDEX):
         if (folder / name).is_file():
             return folder / name
     others = sorted(path.name for path in folder.iterdir() if path.suffix in {".safetensors", ".bin", ".pth", ".pt"})

@@ -13,6 +13,7 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -64,6 +65,9 @@ class SafetensorFile:
             raise WeightsError(f"cannot open {path}: {error.strerror}") from error
         try:
             self.tensors = self._read_header()
+        except OSError as error:
+            self.close()
+            raise WeightsError(f"cannot read {path}: {error.strerror}") from error
         except WeightsError:
             self.close()
             raise
@@ -91,17 +95,14 @@ class SafetensorFile:
             )
         try:
             header = json.loads(os.pread(self._fd, header_bytes, 8))
-            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            fields = [
-                (name, e["dtype"], torch.Size(e["shape"]), *map(int, e["data_offsets"])) for name, e in entries.items()
-            ]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise WeightsError(f"{self.path} has a corrupt header: {error!r}") from error
+        except (ValueError, RecursionError) as error:
+            raise WeightsError(f"{self.path} has a corrupt header, which is not JSON: {error}") from error
+        if not isinstance(header, dict):
+            raise WeightsError(f"{self.path} has a corrupt header: it is no JSON object")
+        fields = [self._entry(name, entry) for name, entry in header.items() if name != "__metadata__"]
         data = 8 + header_bytes
         tensors, end_of_last = {}, 0
         for name, dtype, shape, begin, end in sorted(fields, key=lambda field: field[3:5]):
-            if dtype not in DTYPES:
-                raise WeightsError(f"{self.path}: {name} is stored as {dtype}; known are {', '.join(DTYPES)}")
             if begin != end_of_last or end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
                 raise WeightsError(
                     f"{self.path} has a corrupt header: {name}, {dtype} {list(shape)}, cannot lie at {begin}:{end} "
@@ -115,6 +116,18 @@ class SafetensorFile:
                 f"{self.path} is {what}: {file_bytes:,} bytes, and its header describes {data + end_of_last:,}"
             )
         return tensors
+
+    def _entry(self, name: str, entry: Any) -> tuple[str, str, torch.Size, int, int]:
+        fields = entry if isinstance(entry, dict) else {}
+        dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+        if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+            raise WeightsError(
+                f"{self.path} has a corrupt header: {name} must have a dtype, a shape and two data_offsets, "
+                f"in whole numbers from 0 on, and has {str(entry)[:100]}; copy the file again"
+            )
+        if dtype not in DTYPES:
+            raise WeightsError(f"{self.path}: {name} is stored as {dtype}; known are {', '.join(DTYPES)}")
+        return name, dtype, torch.Size(shape), *offsets
 
     def _stat(self) -> tuple[int, int]:
         status = os.fstat(self._fd)
@@ -168,3 +181,7 @@ class SafetensorFile:
                     f"{tensor.name} in {self.path} is cut short: {begin + done:,} of {tensor.size_bytes:,} bytes"
                 )
             done += count
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)

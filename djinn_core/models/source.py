@@ -6,7 +6,6 @@ then read once, straight into its final place; the host never holds a second cop
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -15,6 +14,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from djinn_core.errors import ConfigError
 from djinn_core.models.checkpoint import CheckpointSource
+from djinn_core.models.config_file import believed, check_sizes, read_fields
 from djinn_core.models.folder import find_folder, is_hub_id
 from djinn_core.models.identity import as_dtype
 from djinn_core.models.seeded import SeededSource
@@ -69,13 +69,13 @@ def open_source(
         seed: of random weights; a checkpoint has its own.
 
     Raises:
-        ConfigError: no such architecture, folder or cached checkpoint.
+        ConfigError: no such architecture, folder or cached checkpoint, or its config is wrong.
         WeightsError: the checkpoint lacks tensors, or they are cut short, corrupt or of mixed dtypes.
         UnsupportedModel: transformers builds no causal language model from the config.
     """
     dtype = None if dtype is None else as_dtype(dtype)
     if isinstance(source, PretrainedConfig):
-        return _seeded(source, dtype, seed)
+        return _seeded(check_sizes(source, f"the {source.model_type} config"), dtype, seed)
     folder = find_folder(source)
     if folder is not None:
         return CheckpointSource(folder, dtype=dtype)
@@ -107,20 +107,10 @@ def read_config(path: Path) -> PretrainedConfig:
     """The config in a JSON file of config.json's format.
 
     Raises:
-        ConfigError: the file is missing, no JSON object, or names no known `model_type`.
+        ConfigError: the file is missing, no JSON object, names no known `model_type`, or has sizes that cannot be.
     """
-    try:
-        fields = json.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"cannot read the architecture {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from error
-    if not isinstance(fields, dict) or "model_type" not in fields:
-        raise ConfigError(f"{path} must be an object with `model_type`, in the format of a checkpoint's config.json")
-    try:
-        return AutoConfig.for_model(**fields)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+    fields = read_fields(path)
+    return check_sizes(believed(path, lambda: AutoConfig.for_model(**fields)), path)
 
 
 def _seeded(config: PretrainedConfig, dtype: torch.dtype | None, seed: int) -> SeededSource:

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from djinn_core.errors import UnsupportedModel, WeightsError
+from djinn_core.models.config_file import LIES
 
 
 class TensorSpec(NamedTuple):
@@ -74,8 +75,11 @@ def build_meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrained
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except ValueError as error:
-        raise UnsupportedModel(f"{config.model_type}: transformers builds no causal language model: {error}") from error
+    except LIES as error:
+        raise UnsupportedModel(
+            f"{config.model_type}: transformers builds no causal language model from the config: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     return model.eval().requires_grad_(False)
 
 
