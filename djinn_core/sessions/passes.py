@@ -66,14 +66,14 @@ class Control:
         A pass that took its turn before would hold it while its layers come, and the device would wait with it.
         """
         last = self._last if self.stop_before is None else self.stop_before
-        coming = [job for job in self._jobs if not (job.by_pass or _come(job, self.first_layer, last))]
+        coming = [job for job in self._jobs if not _come(job, self.first_layer, last)]
         if not coming:
             return None
         return lambda: not self._pager.may_wait or all(_come(job, self.first_layer, last) for job in coming)
 
     def begins(self) -> bool:
         """The first layer of the pass is issued."""
-        return all(job.by_pass or _come(job, self.first_layer, self.first_layer + 1) for job in self._jobs)
+        return all(_come(job, self.first_layer, self.first_layer + 1) for job in self._jobs)
 
     def begin(self) -> None:
         self._pager.way.give()  # whoever had the turn before is often about to resume another session
@@ -110,5 +110,5 @@ class Control:
 
 
 def _come(job: BringIn, first: int, last: int) -> bool:
-    """The pass has nothing to wait for: layers `first` to `last` - 1 are issued, or will not be."""
-    return job.done or job.cancelled or 0 not in job.issued[first:last]
+    """The pass has nothing to wait for: layers `first` to `last` - 1 are issued, or will not be but by itself."""
+    return job.by_pass or job.done or job.cancelled or 0 not in job.issued[first:last]

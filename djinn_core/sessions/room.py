@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from djinn_core.device.base import Device, Event
@@ -259,20 +259,15 @@ class Room:
 
     def acquire_one(self, size_bytes: int, kind: Kind, owner: str) -> Extent:
         """One extent, after evicting paused sessions if need be."""
-        full: OutOfDeviceMemory | None = None
 
         def take() -> Extent | None:
-            nonlocal full
-            with self._taking:
-                try:
-                    return self.pool.acquire(size_bytes, kind, owner)
-                except OutOfDeviceMemory as error:
-                    full = error
-                    return None
+            with self._taking, suppress(OutOfDeviceMemory):
+                return self.pool.acquire(size_bytes, kind, owner)
 
-        if (got := self._take_or_make_room(take, size_bytes, None, None)) is None:
-            raise full
-        return got
+        if (got := self._take_or_make_room(take, size_bytes, None, None)) is not None:
+            return got
+        with self._taking:
+            return self.pool.acquire(size_bytes, kind, owner)  # its error has the numbers
 
     def take_free(self, owner: str, sizes: Sequence[int], *, promise: bool) -> list[Extent] | None:
         """Extents of all `sizes` out of what is free now, or None and nothing taken. `promise`: as the pool says."""

@@ -126,6 +126,12 @@ def make_rig(
     return rig
 
 
+def spill(rig: Rig, session: Session) -> None:
+    """All its blocks go to disk; it is off the device."""
+    for block in session._holding.table:
+        assert rig.sessions.pager.tiers._spill(session._holding, block)
+
+
 def wait_for(reached: Callable[[], object]) -> None:
     """Return when it is reached; fails after ten seconds."""
     give_up_s = time.monotonic() + 10

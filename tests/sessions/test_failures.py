@@ -15,15 +15,11 @@ from djinn_core.errors import DeviceError, DjinnError, OutOfDeviceMemory, OutOfH
 from djinn_core.sessions import SessionState
 from djinn_core.sessions.snapshot import load_session
 from djinn_core.sessions.tensorfile import TensorFile
-from tests.sessions.oracle import Oracle, prompt
-from tests.sessions.rigs import MakeRig, Rig
+from tests.sessions.oracle import Oracle, likely, prompt
+from tests.sessions.rigs import MakeRig, Rig, spill
 
 UNIT = 64 << 10
 pytestmark = pytest.mark.timeout(40)
-
-
-def likely(logits):
-    return logits.float().argmax(-1)[:, None]
 
 
 def away(session) -> None:
@@ -36,11 +32,6 @@ def no_hole(monkeypatch_context) -> None:
         raise OSError(5, "Input/output error")
 
     monkeypatch_context.setattr("djinn_core.memory.disktier.libc.punch_hole", fail)
-
-
-def spilled(rig: Rig, session) -> None:
-    for block in session._holding.table:
-        assert rig.sessions.pager.tiers._spill(session._holding, block)
 
 
 def in_time(work, seconds: float = 4.0) -> list[BaseException]:
@@ -65,7 +56,7 @@ def test_close_can_be_tried_again(make_rig: MakeRig, monkeypatch) -> None:
     session = rig.open()
     session.forward(prompt())
     away(session)
-    spilled(rig, session)
+    spill(rig, session)
     with monkeypatch.context() as patch, contextlib.suppress(DeviceError):
         no_hole(patch)
         session.close()
@@ -99,7 +90,7 @@ def test_going_back_changes_all_or_nothing(make_rig: MakeRig, monkeypatch) -> No
     start = session.checkpoint()
     logits = session.forward(prompt())
     away(session)
-    spilled(rig, session)
+    spill(rig, session)
     with monkeypatch.context() as patch, contextlib.suppress(DeviceError):
         no_hole(patch)
         session.resume(start)

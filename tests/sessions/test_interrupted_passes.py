@@ -11,16 +11,12 @@ import torch
 from djinn_core.errors import DeviceError, TransferError
 from djinn_core.sessions import SessionState
 from tests.ctrl_c import interrupted
-from tests.sessions.oracle import Oracle, prompt
-from tests.sessions.rigs import MakeRig, Rig
+from tests.sessions.oracle import Oracle, likely, prompt
+from tests.sessions.rigs import MakeRig, Rig, spill
 from tests.sessions.test_behind_races import ctrl_c_at_the_end_of_a_pass
 
 UNIT = 64 << 10
 pytestmark = pytest.mark.timeout(30)
-
-
-def likely(logits):
-    return logits.float().argmax(-1)[:, None]
 
 
 def test_a_failed_stop_gives_its_boundary_back_only_after_the_copy(rig: Rig, monkeypatch) -> None:
@@ -80,8 +76,7 @@ def test_settle_that_raises_gives_the_boundary_back(make_rig: MakeRig, monkeypat
     session.pause(release=True)
     session.wait_until("released", 10)
     (point,) = session.checkpoints
-    for block in session._holding.table:
-        assert rig.sessions.pager.tiers._spill(session._holding, block)
+    spill(rig, session)
 
     def fail(*_):
         raise OSError(5, "Input/output error")

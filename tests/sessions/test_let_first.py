@@ -22,7 +22,7 @@ from djinn_core.sessions.staging import INBOUND_SLOTS
 from djinn_core.turn import Turn, Way
 from tests.ctrl_c import python_handles_it
 from tests.sessions.oracle import Oracle, likely, prompt
-from tests.sessions.rigs import MakeRig, Rig, wait_for
+from tests.sessions.rigs import MakeRig, Rig, spill, wait_for
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -304,8 +304,7 @@ def test_a_read_from_disk_does_not_take_the_turn(make_rig: MakeRig, monkeypatch:
     session.forward(prompt())
     session.pause(release=True)
     session.wait_until("released", 10)
-    for block in session._holding.table:
-        assert rig.sessions.pager.tiers._spill(session._holding, block)
+    spill(rig, session)
     read, inside, go_on = DiskTier.read, threading.Event(), threading.Event()
 
     def slow(*args: object) -> None:

@@ -11,12 +11,8 @@ import torch
 from djinn_core.device.faults import FaultPlan
 from djinn_core.errors import PinningRefused
 from djinn_core.sessions import Session, SessionState
-from tests.sessions.oracle import Oracle, prompt
+from tests.sessions.oracle import Oracle, likely, prompt
 from tests.sessions.rigs import MakeRig, Rig
-
-
-def likely(logits: torch.Tensor) -> torch.Tensor:
-    return logits.float().argmax(-1)[:, None]
 
 
 def run_in_thread(work) -> None:

@@ -16,16 +16,12 @@ from djinn_core.sessions import Session, SessionState, blocks, snapshot, writeba
 from djinn_core.sessions.bringin import BringIn
 from djinn_core.sessions.holding import Holding
 from djinn_core.sessions.policy import ExpectedLast
-from tests.sessions.oracle import Oracle, prompt
+from tests.sessions.oracle import Oracle, likely, prompt
 from tests.sessions.rigs import MakeRig, Rig, wait_for
 
 SESSION_BYTES = 4 * (64 << 10)
 
 pytestmark = pytest.mark.timeout(60)
-
-
-def likely(logits: torch.Tensor) -> torch.Tensor:
-    return logits.float().argmax(-1)[:, None]
 
 
 def begun(rig: Rig) -> tuple[Session, torch.Tensor, torch.Tensor]:

@@ -16,7 +16,7 @@ from djinn_core.errors import DeviceError, DjinnError, IntegrityError, OutOfDevi
 from djinn_core.sessions import Candidate, ExpectedLast, Session, SessionState
 from djinn_core.sessions.checkpoint import Boundary
 from tests.sessions.oracle import Oracle, prompt
-from tests.sessions.rigs import MakeRig, Rig
+from tests.sessions.rigs import MakeRig, Rig, spill
 
 KIB = 1 << 10
 SESSION_BYTES = 4 * 64 * KIB
@@ -111,8 +111,7 @@ def test_a_read_that_fails_names_the_session_and_can_be_tried_again(make_rig: Ma
     session.forward(prompt())
     session.pause(release=True)
     session.wait_until("released", 10)
-    for block in session._holding.table:
-        assert rig.sessions.pager.tiers._spill(session._holding, block)
+    spill(rig, session)
 
     def fail(*_: object) -> None:
         raise DeviceError("reading 4,096 bytes from there failed: Input/output error")
@@ -343,8 +342,7 @@ def test_a_resume_takes_the_host_copies_of_sessions_that_stay_on_the_device(make
     away.forward(prompt(seed=0))
     away.pause(release=True)
     away.wait_until("released", 10)
-    for block in away._holding.table:
-        assert pager.tiers._spill(away._holding, block)
+    spill(rig, away)
     resident = []
     for seed in range(1, 6):
         session = rig.open()

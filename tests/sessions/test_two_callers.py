@@ -22,10 +22,6 @@ SESSION_BYTES = 4 * UNIT
 pytestmark = pytest.mark.timeout(60)
 
 
-def likely(logits):
-    return logits.float().argmax(-1)[:, None]
-
-
 BRANCHES = """
 import os, sys, threading
 from pathlib import Path

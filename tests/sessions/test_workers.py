@@ -15,8 +15,8 @@ from djinn_core.device.cpu import CpuDevice
 from djinn_core.errors import DjinnError, WorkerError
 from djinn_core.sessions import Session, SessionState, link
 from djinn_core.sessions.staging import INBOUND_SLOTS
-from tests.sessions.oracle import Oracle, prompt
-from tests.sessions.rigs import MakeRig, Rig, wait_for
+from tests.sessions.oracle import Oracle, likely, prompt
+from tests.sessions.rigs import MakeRig, Rig, spill, wait_for
 
 SESSION_BYTES = 4 * (64 << 10)
 WRITER, ISSUER, AHEAD = "djinn-writer", "djinn-link", "djinn-ahead"
@@ -45,10 +45,6 @@ def owner_of(rig: Rig, name: str) -> object:
     return {"device": rig.device, "pool": rig.pool, "host": rig.host, "disk": rig.disk}.get(
         name
     ) or rig.sessions.pager.tiers
-
-
-def likely(logits: torch.Tensor) -> torch.Tensor:
-    return logits.float().argmax(-1)[:, None]
 
 
 def begun(rig: Rig, seed: int, stop_after: int | None = None) -> tuple[Session, torch.Tensor, torch.Tensor]:
@@ -223,8 +219,7 @@ def test_in_the_thread_that_waits(make_rig: MakeRig, monkeypatch, call, error, s
         wait_settled(session)
     session.pause(release=True)
     session.wait_until("released", 10)
-    for block in session._holding.table:
-        assert rig.sessions.pager.tiers._spill(session._holding, block)
+    spill(rig, session)
     bomb = Bomb(monkeypatch, owner_of(rig, where), name, AHEAD, error)
     with pytest.raises(WorkerError) as caught:
         go_on(session, ids)
