@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -337,6 +338,14 @@ class Device(ABC):
     @abstractmethod
     def unpin(self, address: int, size_bytes: int) -> None:
         """Undo `pin`."""
+
+    def keeping_interpreter(self) -> AbstractContextManager[None]:
+        """Within it, short calls of this thread into the driver keep Python's interpreter, as far as the device can.
+
+        For what someone waits for: each call that gives it away has to stand in line for it again, and beside busy
+        threads that takes longer than the call.
+        """
+        return nullcontext()
 
     @abstractmethod
     def bind_thread(self) -> None:

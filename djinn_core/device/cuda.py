@@ -16,8 +16,8 @@ import ctypes
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 from cuda.bindings import driver
 
 from djinn_core.device.base import Device, Direction, Event, Graph, HostBytes, Stream, maps_within
+from djinn_core.device.heldcalls import HeldCalls
 from djinn_core.errors import DeviceError, OutOfDeviceMemory, PinningRefused, TransferError
 
 _OUT_OF_MEMORY = driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
@@ -135,6 +136,7 @@ class CudaDevice(Device):
         self._number = checked("cuDeviceGet", driver.cuDeviceGet(index))
         self._context = checked("cuDevicePrimaryCtxRetain", driver.cuDevicePrimaryCtxRetain(self._number))
         self._bound = threading.local()
+        self._held = HeldCalls()
         self._index = index
 
         location = driver.CUmemLocation()
@@ -174,7 +176,7 @@ class CudaDevice(Device):
 
     def create(self, size_bytes: int) -> int:
         self._enter()
-        code, handle = driver.cuMemCreate(size_bytes, self._physical, 0)
+        code, handle = self._calls.cuMemCreate(size_bytes, self._physical, 0)
         if code:
             if code == _OUT_OF_MEMORY:
                 free_bytes = self._memory()[0]
@@ -207,14 +209,14 @@ class CudaDevice(Device):
 
     def map(self, address: int, handle: int, size_bytes: int) -> None:
         self._enter()
-        code = driver.cuMemMap(address, size_bytes, 0, handle, 0)[0]
+        code = self._calls.cuMemMap(address, size_bytes, 0, handle, 0)[0]
         if code:
             raise DeviceError(f"{describe('cuMemMap', code)} at {address:#x} + {size_bytes:,}")
         self._mapped[address] = size_bytes
 
     def grant(self, address: int, size_bytes: int) -> None:
         self._enter()
-        code = driver.cuMemSetAccess(address, size_bytes, self._access, 1)[0]
+        code = self._calls.cuMemSetAccess(address, size_bytes, self._access, 1)[0]
         if code:
             raise DeviceError(f"{describe('cuMemSetAccess', code)} at {address:#x} + {size_bytes:,}")
 
@@ -298,7 +300,7 @@ class CudaDevice(Device):
 
     def _copy(self, to: Any, there: int, size_bytes: int, stream: Any) -> None:
         self._enter()
-        code = driver.cuMemcpyAsync(to, there, size_bytes, stream)[0]
+        code = self._calls.cuMemcpyAsync(to, there, size_bytes, stream)[0]
         if code:
             raise TransferError(f"{describe('cuMemcpyAsync', code)} for {size_bytes:,} bytes; nothing was copied")
 
@@ -322,32 +324,35 @@ class CudaDevice(Device):
         direction: Direction,
         piece_bytes: int,
     ) -> None:
-        if not self._takes_batches:
-            super()._issue_copies(copies, stream, direction, piece_bytes)
-            return
-        targets, sources, sizes = [], [], []
+        pieces = []
         for dst, src in copies:
             check_copy(dst, src)
             to, there, size_bytes = dst.data_ptr(), src.data_ptr(), dst.numel()
             for at in range(0, size_bytes, piece_bytes):  # sums of addresses: slices would take as long as the call
-                targets.append(driver.CUdeviceptr(to + at))
-                sources.append(driver.CUdeviceptr(there + at))
-                sizes.append(min(piece_bytes, size_bytes - at))
-        if not sizes:
-            return
+                pieces.append((to + at, there + at, min(piece_bytes, size_bytes - at)))
+        on = stream.cuda_stream
+        if self._calls is self._held or not self._takes_batches:
+            for to, there, size_bytes in pieces:
+                self._copy(to, there, size_bytes, on)
+                self._count(direction, size_bytes)
+        elif pieces:
+            self._batch(pieces, on)
+            self._count(direction, sum(size_bytes for _, _, size_bytes in pieces))
+
+    def _batch(self, pieces: Sequence[tuple[int, int, int]], stream: int) -> None:
         self._enter()
-        code = driver.cuMemcpyBatchAsync(
-            targets, sources, sizes, len(sizes), self._in_stream_order, [0], 1, stream.cuda_stream
-        )[0]
+        targets = [driver.CUdeviceptr(to) for to, _, _ in pieces]
+        sources = [driver.CUdeviceptr(there) for _, there, _ in pieces]
+        sizes = [size_bytes for _, _, size_bytes in pieces]
+        code = driver.cuMemcpyBatchAsync(targets, sources, sizes, len(sizes), self._in_stream_order, [0], 1, stream)[0]
         if code:
             what = f"{len(sizes)} copies of {sum(sizes):,} bytes"
             raise TransferError(f"{describe('cuMemcpyBatchAsync', code)} for {what}; nothing was copied")
-        self._count(direction, sum(sizes))
 
     def _give_way(self, stream: Stream) -> None:
         """A wait for a word in host memory that is always 1: the engine takes up another stream before it goes on."""
         self._enter()
-        checked("cuStreamWaitValue32", driver.cuStreamWaitValue32(stream.cuda_stream, self._one, 1, _EQUAL))
+        checked("cuStreamWaitValue32", self._calls.cuStreamWaitValue32(stream.cuda_stream, self._one, 1, _EQUAL))
 
     def pin(self, address: int, size_bytes: int) -> None:
         self._enter()
@@ -393,6 +398,19 @@ class CudaDevice(Device):
         self._closed = True
         checked("cuDevicePrimaryCtxRelease", driver.cuDevicePrimaryCtxRelease(self._number))
 
+    @contextmanager
+    def keeping_interpreter(self) -> Iterator[None]:
+        before, self._bound.calls = self._calls, self._held
+        try:
+            yield
+        finally:
+            self._bound.calls = before
+
+    @property
+    def _calls(self) -> Any:
+        """What this thread calls the driver through."""
+        return getattr(self._bound, "calls", driver)
+
     def _enter(self) -> None:
         """Make the context current on a thread that nobody bound."""
         if not hasattr(self._bound, "ready"):
@@ -400,7 +418,7 @@ class CudaDevice(Device):
             self._bound.ready = True
 
     def _memory(self) -> tuple[int, int]:
-        code, free_bytes, total_bytes = driver.cuMemGetInfo()
+        code, free_bytes, total_bytes = self._calls.cuMemGetInfo()
         if code:
             raise DeviceError(describe("cuMemGetInfo", code))
         return free_bytes, total_bytes

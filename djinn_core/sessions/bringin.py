@@ -23,6 +23,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from djinn_core.device.base import Direction, Event, Stream
@@ -214,17 +215,22 @@ class BringIn:
         size_bytes = 0
         for layer in among:
             size_bytes += sum(want.block.size_bytes for want in self._rows[layer])
-            if layers and (size_bytes > limit_bytes or self.by_pass or self.begins):
+            if layers and size_bytes > limit_bytes:
                 break
             layers.append(layer)
         return layers
 
     def step(self) -> tuple[Event | None, int]:
         """Copy the next layers, mapped first if they are not yet; the event behind their copies, and their bytes."""
-        stream, before = self._pager.h2d_first if self.begins else self._pager.h2d, self.bytes
+        begins, before = self.begins, self.bytes
+        stream = self._pager.h2d_first if begins else self._pager.h2d
+        limit_bytes = 0 if begins or self.by_pass else STEP_BYTES
         if not self._ahead:
-            self._map(self._next(self._left, STEP_BYTES))
-        layers = self._next(self._ahead, STEP_BYTES)
+            ahead = self._next(self._left, limit_bytes)
+            if begins and not self.by_pass:  # the next step follows soon, and one grant serves both
+                ahead += self._next(islice(self._left, len(ahead), None), STEP_BYTES)
+            self._map(ahead)
+        layers = self._next(self._ahead, limit_bytes)
         arrival = self._issue(layers, stream)
         for layer in layers:
             self._rows[layer] = []
@@ -282,8 +288,6 @@ class BringIn:
     def _told(self, error: BaseException) -> DjinnError:
         return told(error, self.holding, "a bring-in", "and it can be resumed again")
 
-    # the plan
-
     def _plan(self, wait: bool) -> bool:
         """What to map, by layer, with blocks and lenders claimed; waits while another session moves one of them."""
         lock = self._pager.lock
@@ -310,8 +314,6 @@ class BringIn:
                     want.reading = True
             self._wants.claim_tails()
         return True
-
-    # sources and extents
 
     def _flat(self) -> list[Want]:
         return [want for row in self._rows.values() for want in row]

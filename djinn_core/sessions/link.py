@@ -1,7 +1,8 @@
 """The link to the device: bring-ins under way share it step by step, the most urgent first.
 
 A resume's first layer is issued by the thread that resumes, if nobody has to be waited for: it wants that layer before
-anything else, and a worker would first have to wake and to get the interpreter. One worker issues what comes after.
+anything else, and a worker would first have to wake and to get the interpreter. Where nobody else is on the link it
+issues the second step too, or the link would idle until the worker is there. One worker issues what comes after.
 Before each step it asks again who is the most urgent, and it keeps so much in flight that the link never idles when the
 worker is late, and no more: who resumes meanwhile gets his first layer after the step under way, since steps give way
 to it (`Device.copy_all`), and the next behind all that is in flight. While that much is on its way the worker maps the
@@ -68,12 +69,15 @@ class Link:
             thread.start()
 
     def begin(self, job: BringIn) -> None:
-        """`put`, and the first layer is issued here and now, on the caller's thread, if nobody has to be waited for."""
+        """`put`, and its first steps are issued here and now, on the caller's thread, if it has to wait for nobody."""
         with self._changed:
             self._stages[job] = Stage.WAITING  # the workers need not wake for it
         try:
             if prepared := job.prepare(wait=False):
+                alone = self._serves_nobody()
                 self._step(job)
+                if alone and job.left:
+                    self._step(job)
         except BaseException as error:
             self._end(job, error)  # the pass that waits for it is told, as by a worker
             if not isinstance(error, Exception):
@@ -104,6 +108,13 @@ class Link:
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
+
+    def _serves_nobody(self) -> bool:
+        """Nothing is on the link, and nobody would be served next."""
+        with self._changed:
+            waits = any(stage in (Stage.WANTED, Stage.PREPARED) for stage in self._stages.values())
+            flying = [event for _, event, _ in self._flying]
+        return not waits and all(map(self._arrived, flying))
 
     def _pick(self, *stages: Stage) -> BringIn | None:
         """The most urgent in one of `stages`. The lock is held."""

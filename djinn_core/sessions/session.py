@@ -350,7 +350,7 @@ class Session:
     def _resume_between(self, place: Checkpoint | None, begun_s: float, edits: object, stop_after: int | None) -> None:
         check_between(self.id, edits, stop_after)
         pager, holding, trace = self._pager, self._holding, Trace(begun_s)
-        with pager.way:
+        with pager.way, pager.device.keeping_interpreter():
             trace.there(pager.device, pager.staging.idle_stream)
             if place is not None:
                 pager.adopt(holding, place)
@@ -375,7 +375,7 @@ class Session:
             return apply_edits(by_layer.get(place.layer, ()), enter_boundary(pager, place.boundary, slot))
 
         try:
-            with pager.way:
+            with pager.way, pager.device.keeping_interpreter():
                 slot = load_boundary(pager, holding, place.boundary, stands_at=self.stopped)
                 trace = Trace(begun_s, slot.ready if isinstance(slot, Slot) else None)
                 if trace.ready is None:

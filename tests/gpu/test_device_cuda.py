@@ -1,13 +1,15 @@
 """What the contract's own tests (tests/device, tests/memory, run on the GPU too) do not see of the CUDA device."""
 
+import sys
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from djinn_core.device import Direction, open_device
-from djinn_core.errors import ConfigError, DeviceError
+from djinn_core.errors import ConfigError, DeviceError, OutOfDeviceMemory
 from djinn_core.memory import ExtentPool, HostTier, Kind, Region
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -151,6 +153,49 @@ def test_copies_that_give_way_let_another_stream_go_first(gpu):
     pool.give_back(*region.unmap([0]))
     block.free()
     other.free()
+    host.close()
+    region.close()
+    pool.close()
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_calls_that_keep_the_interpreter(gpu, keeps):
+    """They do what the others do, and no other thread runs meanwhile."""
+    size_bytes = 32 * MIB
+    pool, region, host = ExtentPool(gpu, size_bytes), Region(gpu, size_bytes), HostTier(gpu, size_bytes + MIB)
+    block, stream, ran, stop = host.allocate_exact(size_bytes, "s"), gpu.stream(), 0, False
+    block.tensor.view(torch.int32).copy_(torch.arange(size_bytes // 4, dtype=torch.int32))
+
+    def spin():
+        nonlocal ran
+        while not stop:
+            ran += 1
+            time.sleep(0)  # it asks for the interpreter again, and gets it when someone gives it away
+
+    other, before_s = threading.Thread(target=spin), sys.getswitchinterval()
+    sys.setswitchinterval(30)
+    other.start()
+    try:
+        with gpu.keeping_interpreter() if keeps else nullcontext():
+            before, ran_before = gpu.copied, ran
+            region.map([(0, pool.acquire(size_bytes, Kind.KV, "s"))])
+            gpu.copy_all([(region.tensor, block.tensor)], stream, Direction.H2D, piece_bytes=8 * MIB, gives_way=True)
+            for _ in range(50):
+                gpu.grant(region.address, size_bytes)
+            free_bytes = gpu.capacity_bytes - gpu.used_bytes()
+            meanwhile, copied = ran - ran_before, gpu.copied - before
+            with pytest.raises(OutOfDeviceMemory):
+                gpu.create(gpu.capacity_bytes * 2)
+    finally:
+        stop = True
+        sys.setswitchinterval(before_s)
+        other.join()
+    assert (meanwhile == 0) is keeps
+    assert copied.h2d_bytes == size_bytes and 0 < free_bytes < gpu.capacity_bytes
+    gpu.synchronize()
+    assert torch.equal(region.tensor.cpu(), block.tensor)
+    pool.give_back(*region.unmap([0]))
+    block.free()
     host.close()
     region.close()
     pool.close()

@@ -17,7 +17,7 @@ from djinn_core.sessions.bringin import BringIn
 from djinn_core.sessions.holding import Holding
 from djinn_core.sessions.policy import ExpectedLast
 from tests.sessions.oracle import Oracle, likely, prompt
-from tests.sessions.rigs import MakeRig, Rig, wait_for
+from tests.sessions.rigs import LAYERS, MakeRig, Rig, wait_for
 
 SESSION_BYTES = 4 * (64 << 10)
 
@@ -295,7 +295,7 @@ def resuming_in_vain(
     def refuse_the_last(self, items):
         if self is region:
             mapped.append(items)
-            if len(mapped) == 4:
+            if len(mapped) == LAYERS - 1:  # the first two are mapped together
                 assert go_on.wait(10)
                 raise TransferError("the map of the last layer was refused")
         return map_in(self, items)
@@ -421,9 +421,10 @@ def test_memory_stays_under_an_earlier_copy_when_a_later_one_is_done(make_rig: M
     second = session._holding.jobs[-1]
     wait_for(lambda: any(second.issued))
     unmap, early = Region.unmap, []
+    copied_to = {offset for offset, block in session._holding.mapped.items() if block.layer == 0}
 
     def watched(self, offsets):
-        if self is session._holding.region and offsets:
+        if self is session._holding.region and copied_to & set(offsets):
             early.append(not first.arrival[0].query())
         return unmap(self, offsets)
 

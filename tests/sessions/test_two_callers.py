@@ -346,10 +346,11 @@ def full(make_rig: MakeRig) -> tuple[Rig, list[Session], Session]:
         session.forward(prompt(seed=seed))
         session.pause()
         session.wait_until("clean", 10)
-    there = [session for session in sessions if session.state is SessionState.PAUSED]
-    for session in there:
+    fit = (rig.pool.free_bytes + rig.kv_bytes) // SESSION_BYTES
+    for session in sessions[:fit]:  # others leave for it
         session.resume()
-    return rig, there, next(session for session in sessions if session not in there)
+        session.wait_until("restored", 10)
+    return rig, sessions[:fit], sessions[fit]
 
 
 def test_what_comes_free_is_taken_while_another_one_evicts(full: tuple[Rig, list[Session], Session]) -> None:

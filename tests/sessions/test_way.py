@@ -305,16 +305,19 @@ def test_the_link_looks_again_for_the_most_urgent_when_it_has_given_way(
     assert steps == [late._holding] * LAYERS + [early._holding] * LAYERS
 
 
-def test_later_layers_and_the_look_ahead_come_behind_who_resumes(rig: Rig, patient: None, asks: list[str]) -> None:
+def test_later_layers_and_the_look_ahead_come_behind_who_resumes(
+    rig: Rig, patient: None, asks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bringin_module, "STEP_BYTES", 1)
     session, pager = rig.open(), rig.sessions.pager
     session.forward(prompt())
     session.pause(release=True)
     session.wait_until("released", 10)
     with pager.way:
-        pager.resume(session._holding, 0, 0, 0)  # the first layer is issued here, the rest by the link
+        pager.resume(session._holding, 0, 0, 0)  # the first two are issued here, the rest by the link
         held_up(asks, "djinn-link")
         held_up(asks, "djinn-ahead")
-        assert session._holding.jobs[0].left == LAYERS - 1
+        assert session._holding.jobs[0].left == LAYERS - 2
     session.wait_until("restored", 10)
 
 

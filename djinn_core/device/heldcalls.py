@@ -1,0 +1,64 @@
+"""Driver calls that keep Python's interpreter, for whoever must not stand in line for it again after each.
+
+`cuda.bindings` gives the interpreter away in every call, also in one of a few microseconds; beside a thread that runs
+Python, the next line is then executed up to a switch interval (`sys.getswitchinterval`) later. A resume makes seven
+such calls before its first layer is on the link. These go through `ctypes.PyDLL`, which does not give it away; names,
+arguments and results are those of the bindings. None of them waits for work on the device, and the driver runs no
+Python, so nobody who is waited for within needs the interpreter.
+
+Not taken: a short switch interval. All threads would change places more often, and every change costs them both.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from cuda.bindings import driver
+
+_LIBRARY = "libcuda.so.1"
+_ADDRESS = _SIZE = _LONG = ctypes.c_uint64
+_POINTER = ctypes.c_void_p
+_WORD = ctypes.c_uint32
+
+
+class HeldCalls:
+    """The calls of one process; made once the bindings have loaded the driver."""
+
+    def __init__(self) -> None:
+        library = ctypes.PyDLL(_LIBRARY)
+
+        def call(symbol: str, *arguments: Any) -> Any:
+            function = getattr(library, symbol)
+            function.argtypes, function.restype = arguments, ctypes.c_int
+            return function
+
+        self._create = call("cuMemCreate", _POINTER, _SIZE, _POINTER, _LONG)
+        self._map = call("cuMemMap", _ADDRESS, _SIZE, _SIZE, _LONG, _LONG)
+        self._set_access = call("cuMemSetAccess", _ADDRESS, _SIZE, _POINTER, _SIZE)
+        self._info = call("cuMemGetInfo_v2", _POINTER, _POINTER)
+        self._copy = call("cuMemcpyAsync", _ADDRESS, _ADDRESS, _SIZE, _POINTER)
+        self._wait_value = call("cuStreamWaitValue32_v2", _POINTER, _ADDRESS, _WORD, _WORD)
+
+    def cuMemCreate(self, size: int, prop: driver.CUmemAllocationProp, flags: int) -> tuple[Any, int]:
+        handle = _LONG()
+        code = self._create(ctypes.addressof(handle), size, prop.getPtr(), flags)
+        return driver.CUresult(code), handle.value
+
+    def cuMemMap(self, ptr: int, size: int, offset: int, handle: int, flags: int) -> tuple[Any]:
+        return (driver.CUresult(self._map(ptr, size, offset, handle, flags)),)
+
+    def cuMemSetAccess(self, ptr: int, size: int, desc: list[Any], count: int) -> tuple[Any]:
+        [access] = desc  # an array of one
+        return (driver.CUresult(self._set_access(ptr, size, access.getPtr(), count)),)
+
+    def cuMemGetInfo(self) -> tuple[Any, int, int]:
+        free, total = _SIZE(), _SIZE()
+        code = self._info(ctypes.addressof(free), ctypes.addressof(total))
+        return driver.CUresult(code), free.value, total.value
+
+    def cuMemcpyAsync(self, dst: Any, src: int, size: int, stream: Any) -> tuple[Any]:
+        return (driver.CUresult(self._copy(int(dst), src, size, int(stream))),)
+
+    def cuStreamWaitValue32(self, stream: int, addr: int, value: int, flags: int) -> tuple[Any]:
+        return (driver.CUresult(self._wait_value(stream, addr, value, flags)),)
