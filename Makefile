@@ -52,7 +52,8 @@ $(ASYNC_IO): | $(PROJECT)
 
 reproduce: setup
 	snakemake --cores $(CORES) all
-	@for table in results/*/claims.md; do echo "$$table: $$(sed -n 3p $$table); figures: paper_figures/"; done
+	@for table in results/*/claims.md; do echo "$$table: $$(sed -n 3p $$table); figures: paper_figures/"; \
+		sed -n '/--forcerun/p' $$table; done
 
 test: setup
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -244,6 +245,39 @@ def test_the_command_writes_both_files_and_a_failed_claim_is_no_error(run: Maker
     first = out.read_bytes()
     assert claims.main() == 0
     assert out.read_bytes() == first
+
+
+def test_the_table_ends_with_the_command_that_measures_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And so does `make reproduce`. A published set has none: no pipeline measures it."""
+    monkeypatch.chdir(tmp_path)
+    run = Maker(Path("results/h200"))
+    run.certificate()
+    run.pressure()
+    run.streaming(failing={"deepspeed_nvme": ("unsupported", "no libaio"), "djinn_ans": ("out_of_memory", "full")})
+    broken = run.result("pressure", "reference")
+    broken.check("reference_repeats", False)
+    run.write(broken)
+    judged = claims.judge_all(BY_ID.values(), run.folder)
+    command = (
+        "snakemake all --config run=h200 --forcerun results/h200/pressure/reference.json"
+        " results/h200/streaming/deepspeed_nvme.json"
+    )
+    left = "pressure/reference (failed), streaming/deepspeed_nvme (unsupported)"
+    told = f"- not measured, and kept until forced: {left}; again with `{command}`"
+    table = claims.table(judged, run.folder)
+    assert table.endswith(f"\n{told}\n")
+    assert "--forcerun" not in claims.table(judged, run.folder, Path("results/published/h200"))
+    (run.folder / "claims.md").write_text(table)
+    snakemake = tmp_path / ".venv/bin/snakemake"
+    snakemake.parent.mkdir(parents=True)
+    snakemake.write_text("#!/bin/sh\n")
+    snakemake.chmod(0o755)
+    made = ["make", "--silent", "--file", str(REPOSITORY / "Makefile"), "--old-file", "setup"]
+    said = subprocess.run([*made, "VENV=.venv", "reproduce"], capture_output=True, text=True, check=True).stdout
+    assert said.splitlines().count(told) == 1
+    run.streaming()
+    (run.folder / "pressure/reference.json").unlink()
+    assert "--forcerun" not in claims.table(claims.judge_all(BY_ID.values(), run.folder), run.folder)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ rule claims:
             "workflow/scripts/claims.py",
             "workflow/lib/claims.py",
             "workflow/lib/claimfiles.py",
+            "workflow/lib/systems.py",
             "workflow/lib/yamlfile.py",
             "workflow/plots/style.py",
         ],

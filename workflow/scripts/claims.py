@@ -17,9 +17,12 @@ from typing import Any
 from workflow.lib.claimfiles import CLAIMS, input_files, load_claims
 from workflow.lib.claims import OTHER_HARDWARE, VERDICTS, Case, Judged, judge, load_files
 from workflow.lib.results import ResultError, write_json, write_text
+from workflow.lib.systems import SYSTEMS
 from workflow.plots.load import certificate_of, digest
 from workflow.plots.style import machine_line
 
+# statuses that another run may change; running out of memory is a measurement
+REPEATABLE = ("failed", "inconclusive", "unsupported")
 SYMBOLS = {"at_least": "≥", "at_most": "≤", "below": "<", "above": ">", "is": "="}
 
 
@@ -105,6 +108,7 @@ def table(judged: list[Judged], results_dir: Path, name: Path | None = None) -> 
         "each claim is in `claims.json`.",
     ]
     lines += ["", *measured_with(judged, results_dir)]
+    lines += [] if name else again(judged, results_dir)
     return "\n".join(lines) + "\n"
 
 
@@ -118,6 +122,19 @@ def measured_with(judged: list[Judged], results_dir: Path) -> list[str]:
             paths = [file.path for file in files]
             lines.append(f"- {experiment}: {machine_line(files)} · input {digest(paths)}")
     return lines
+
+
+def again(judged: list[Judged], results_dir: Path) -> list[str]:
+    """The command that measures again what has no numbers: its files are there, so that Snakemake has nothing to do."""
+    experiments = sorted({item.claim["experiment"] for item in judged})
+    names = [f"{experiment}/{system}.json" for experiment in experiments for system in SYSTEMS[experiment]]
+    left = [file for file in load_files(names, results_dir).values() if file.status in REPEATABLE]
+    if not left:
+        return []
+    told = ", ".join(f"{file.data['experiment']}/{file.system} ({file.status})" for file in left)
+    paths = " ".join(str(file.path) for file in left)
+    command = f"snakemake all --config run={left[0].data['run']} --forcerun {paths}"
+    return [f"- not measured, and kept until forced: {told}; again with `{command}`"]
 
 
 def main() -> int:
