@@ -20,7 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,22 +109,26 @@ def start_logging(path: Path | None) -> None:
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, handlers=handlers, force=True)
 
 
+@contextmanager
+def one_line(what: type[Exception], status: int = 1) -> Iterator[None]:
+    """An error of this kind, which its user can mend, ends the process with one line in the log and this status."""
+    try:
+        yield
+    except what as error:
+        log.error("%s", error)
+        raise SystemExit(status) from error
+
+
 def read_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The run's checked settings; wrong ones end the process with status 2 and one line."""
-    try:
+    with one_line(SettingsError, 2):
         return load_config(args.run, args.overrides)
-    except SettingsError as error:
-        log.error("%s", error)
-        raise SystemExit(2) from error
 
 
 def own_section(settings: dict[str, Any], experiment: str) -> dict[str, Any]:
     """The experiment's settings; a preset that does not measure it ends the process with status 2 and one line."""
-    try:
+    with one_line(SettingsError, 2):
         return section(settings, experiment)
-    except SettingsError as error:
-        log.error("%s", error)
-        raise SystemExit(2) from error
 
 
 def begin(args: argparse.Namespace) -> dict[str, Any]:
@@ -141,22 +145,13 @@ def begin(args: argparse.Namespace) -> dict[str, Any]:
 def lock_of(device: str) -> Iterator[float]:
     """The lock that a job on `device` must hold, none on the emulated device; one that cannot be taken ends it."""
     uuid = machine.gpu_uuid() if device != "cpu" else None
-    try:
-        with nullcontext(0.0) if uuid is None else gpu_lock(uuid) as waited_s:
-            yield waited_s
-    except LockError as error:
-        log.error("%s", error)
-        raise SystemExit(1) from error
+    with one_line(LockError), nullcontext(0.0) if uuid is None else gpu_lock(uuid) as waited_s:
+        yield waited_s
 
 
-@contextmanager
-def written() -> Iterator[None]:
-    """Around the writing of a result: one that the disk does not take ends the process with status 1 and one line."""
-    try:
-        yield
-    except NotWritten as error:
-        log.error("%s", error)
-        raise SystemExit(1) from error
+def written() -> AbstractContextManager[None]:
+    """Around the writing of a file: one that the disk does not take ends the process with status 1 and one line."""
+    return one_line(NotWritten)
 
 
 @contextmanager
