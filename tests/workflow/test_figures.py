@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from tests.workflow.synthetic import LAYERS, Maker
 from workflow.lib.claimfiles import cases_of, filled
 from workflow.lib.results import ResultError
 from workflow.lib.systems import PRESSURE_SYSTEMS, RESUME_METHODS, STREAMING_GROUPS
-from workflow.plots import fig5, fig6, fig7, table1
+from workflow.plots import fig5, fig6, fig7, style, table1
 from workflow.plots.load import certificate_of, read
 from workflow.scripts import memory_breakdown, report
 from workflow.scripts.claims import load_claims
@@ -336,6 +338,22 @@ def test_table1_needs_both_certificates(run: Maker, tmp_path: Path, uncertified:
     run.certificate()
     table1.draw(run.folder, tmp_path / "table1.md")
     assert "uncertified" not in (tmp_path / "table1.md").read_text()
+
+
+def test_a_figure_that_the_disk_does_not_take_is_one_line_and_no_half_file(
+    run: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run.pressure()
+    out = tmp_path / "figures/fig6.pdf"
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(sys, "argv", ["fig6", "--results", str(run.folder), "--out", str(out)])
+    assert style.command("fig6", "of the test", fig6.draw) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"fig6: {out} was not written: No space left on device; ") and told.count("\n") == 1
+    assert list(out.parent.iterdir()) == []
 
 
 def test_the_breakdown_adds_up_at_the_peak(run: Maker):

@@ -26,8 +26,9 @@ from workflow.lib import cgroup, children, harness, identity, limits
 from workflow.lib.memory import MemorySampler
 from workflow.lib.results import read_result, write_json
 from workflow.lib.systems import STREAMING_GROUPS
+from workflow.lib.trace import nothing_traced
 from workflow.plots import fig5
-from workflow.scripts import report, streaming
+from workflow.scripts import pressure, report, streaming
 
 ROOT = Path(__file__).resolve().parents[2]
 STEADY = {"h2d_gbps": 50.0, "d2h_gbps": 50.0, "bidirectional_gbps": 80.0, "peer_gbps": None}
@@ -320,6 +321,43 @@ def test_a_result_that_the_disk_does_not_take_is_in_the_log(
         assert f"ERROR djinn.experiment: {out} was not written: No space left on device; " in told
         assert "bytes were wanted; make room in " in told and "Traceback" not in told
     assert not list(out.parent.iterdir())
+
+
+def test_a_file_of_the_body_that_the_disk_does_not_take_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, lambda exp: nothing_traced(tmp_path / "file" / "trace", "of the test"))
+    assert end.value.code == 1 and not list(tmp_path.glob("streaming/*"))
+    told = (tmp_path / "log").read_text()
+    assert f"ERROR djinn.experiment: {tmp_path}/file/trace was not written: " in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "place"),
+    [
+        (streaming, "--system djinn_ans --out {file}.json --trace {file}/x", "x"),
+        (streaming, "--system djinn_ans --out {file}.json --log {file}/x", "x"),
+        (pressure, "--system djinn --out {file}/x.json", "pressure.log"),
+    ],
+)
+def test_a_place_that_takes_no_file_is_one_line_before_anything_runs(
+    script: Any, words: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setattr(sys, "argv", f"script --run cpu {words.format(file=file)}".split())
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    assert end.value.code == 1
+    assert [record.getMessage().partition(" was not written: ")[0] for record in caplog.records] == [f"{file}/{place}"]
+    assert not any(record.exc_info for record in caplog.records)
+
+
+def test_a_log_that_the_disk_takes_no_more_is_told_once_and_stops_nothing(capsys: pytest.CaptureFixture) -> None:
+    harness.start_logging(Path("/dev/full"))
+    for _ in range(2):
+        harness.log.info("more")
+    assert capsys.readouterr().err == "/dev/full lacks lines from here on: No space left on device; make room\n"
 
 
 def test_children_end_with_their_parent() -> None:

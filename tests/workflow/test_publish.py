@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +12,7 @@ import pytest
 
 from tests.workflow.synthetic import Maker
 from workflow.lib.claims import INCONCLUSIVE, PASS
-from workflow.lib.results import ResultError
+from workflow.lib.results import NotWritten, ResultError
 from workflow.plots.load import certificate_of, read
 from workflow.scripts import claims, memory_breakdown, publish, report
 
@@ -186,6 +188,18 @@ def test_an_experiment_joins_those_that_are_there_or_replaces_itself(run: Maker,
     put(run, target, replace=True)
     assert not (target / "not_run.json").exists()  # it was about what has been replaced
     assert certificate_of(target, "streaming").machine_id == "machine-2"
+
+
+def test_a_copy_that_the_disk_does_not_take_is_told_and_changes_nothing(run: Maker, tmp_path: Path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run.resume()
+    target = tmp_path / "published/h200"
+    monkeypatch.setattr(publish.shutil, "copy2", full)
+    with pytest.raises(NotWritten, match=f"{target} was not written: No space .*; make room in {target.parent} and"):
+        put(run, target)
+    assert list(target.parent.iterdir()) == []
 
 
 def test_another_kind_does_not_join(run: Maker, tmp_path: Path):

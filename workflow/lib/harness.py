@@ -34,7 +34,7 @@ from workflow.lib.config import SettingsError, load_config, section
 from workflow.lib.gpulock import LockError, gpu_lock
 from workflow.lib.memory import MemorySampler
 from workflow.lib.progress import Progress
-from workflow.lib.results import NotWritten, Result
+from workflow.lib.results import NotWritten, Result, writing
 
 log = logging.getLogger("djinn.experiment")
 Measure = Callable[[str, dict[str, Any]], dict[str, float | None]]
@@ -98,13 +98,33 @@ def arguments(experiment: str, *, systems: Sequence[str] = (), argv: Sequence[st
     return parser.parse_args(argv)
 
 
+class LogFile(logging.FileHandler):
+    """A log that may end before the work does: what the disk does not take is told once, and stops nothing."""
+
+    told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Called where `record` could not be written."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.told:
+            self.told = True
+            print(f"{self.baseFilename} lacks lines from here on: {error.strerror}; make room", file=sys.stderr)
+
+
 def start_logging(path: Path | None) -> None:
-    """The log goes to `path`, warnings also to stderr; without a path all of it goes to stderr."""
+    """The log goes to `path`, warnings also to stderr; without a path all of it goes to stderr.
+
+    Raises:
+        SystemExit: with status 1 and one line, `path` cannot be written.
+    """
     to_stderr = logging.StreamHandler()
     handlers: list[logging.Handler] = [to_stderr]
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(path, mode="w", encoding="utf-8"))
+        with written(), writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(LogFile(path, mode="w", encoding="utf-8"))
         to_stderr.setLevel(logging.WARNING)
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, handlers=handlers, force=True)
 
@@ -191,6 +211,9 @@ def experiment(
         except BaseException as error:
             first = origin(error)
             status = status_of(first)
+            if isinstance(first, NotWritten):
+                with written():
+                    raise first from first.__cause__
             if status is None:
                 log.exception("%s/%s was interrupted, or failed on a bug: no file", experiment, system)
                 raise

@@ -13,7 +13,8 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -214,29 +215,40 @@ def write_json(path: str | Path, document: Any) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """As `write_json`, for text.
+    """As `write_json`, for text."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """As `write_json`, for bytes.
 
     Raises:
         NotWritten: with the path, the bytes that were wanted and what to do.
     """
     target = Path(path)
+    with writing(target, f"; {len(data):,} bytes were wanted"):
+        _replace(target, data)
+
+
+@contextmanager
+def writing(target: Path, wanted: str = "") -> Iterator[None]:
+    """Around what writes `target`: the file system's refusal as NotWritten, with what was `wanted` and what to do."""
     try:
-        _replace(target, text)
+        yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         todo = f"make room in {target.parent} and run it again" if full else "name a place that can be written"
-        wanted = f"{len(text.encode()):,} bytes were wanted"
-        raise NotWritten(f"{target} was not written: {error.strerror or error}; {wanted}; {todo}") from error
+        raise NotWritten(f"{target} was not written: {error.strerror or error}{wanted}; {todo}") from error
 
 
-def _replace(target: Path, text: str) -> None:
+def _replace(target: Path, data: bytes) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     for leftover in target.parent.glob(f".{target.name}.*.part"):  # of a writer that was killed in the middle
         leftover.unlink(missing_ok=True)
     handle, aside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(aside, 0o644)

@@ -20,6 +20,7 @@ from pathlib import Path
 import pynvml
 
 from workflow.lib import children
+from workflow.lib.results import write_text
 
 DMON = ("nvidia-smi", "dmon", "-s", "pct", "-d", "1", "-o", "T")
 MIB = 1 << 20
@@ -32,8 +33,7 @@ class TraceError(Exception):
 def nothing_traced(path: str | Path | None, why: str) -> None:
     """A trace that holds one comment; what takes a trace overwrites it."""
     if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(f"# nothing was traced: {why}\n")
+        write_text(path, f"# nothing was traced: {why}\n")
 
 
 @dataclass

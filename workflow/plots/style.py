@@ -8,7 +8,7 @@ from the same files must be the same file.
 from __future__ import annotations
 
 import argparse
-import os
+import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from workflow.lib.results import ResultError, write_text
+from workflow.lib.results import ResultError, write_bytes, write_text
 from workflow.plots.load import Certificate, ResultFile, digest, gpu_name, in_words
 
 LABELS = {
@@ -179,12 +179,10 @@ def write(fig: Figure, out: Path, drawn: pd.DataFrame, csv: Path) -> None:
 
     The PDF holds no time and no path, so the same input gives the same bytes.
     """
-    for path in (out, csv):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(out.name + ".part")
-    fig.savefig(aside, format="pdf", metadata={"CreationDate": None, "ModDate": None})
+    drawing = io.BytesIO()
+    fig.savefig(drawing, format="pdf", metadata={"CreationDate": None, "ModDate": None})
     plt.close(fig)
-    os.replace(aside, out)
+    write_bytes(out, drawing.getvalue())
     write_text(csv, drawn.to_csv(index=False, float_format="%.9g", lineterminator="\n"))
 
 

@@ -44,7 +44,8 @@ def main() -> None:
     if args.system not in ("djinn", "djinn_uncapped"):
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", STOCK_ALLOCATOR)  # read when torch first allocates
     if args.system == "djinn":
-        swaps.write_log(args.out.parent / swaps.LOG, [("no event: the result says why", ())])  # a run overwrites it
+        with harness.written():
+            swaps.write_log(args.out.parent / swaps.LOG, [("no event: the result says why", ())])  # a run overwrites it
     with harness.experiment(args, experiment="pressure", system=args.system) as exp, torch.inference_mode():
         gc.disable()  # every thread would wait for a collection, and one turn would be charged with it
         if args.system in ("djinn", "djinn_uncapped"):

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from workflow.lib.results import ResultError, assert_comparable, write_json, write_text
+from workflow.lib.results import ResultError, assert_comparable, write_json, write_text, writing
 from workflow.plots import fig5, fig6, fig7, table1
 from workflow.plots.load import CERTIFICATE, NOT_RUN, ResultFile, certificate_of, not_run_reasons, read
 from workflow.scripts import claims, memory_breakdown, report
@@ -194,7 +194,8 @@ def publish(
     aside = target.with_name(f".{target.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        copy_results(sources, aside)
+        with writing(target):
+            copy_results(sources, aside)
         if absent:
             write_json(aside / NOT_RUN, absent)
         drawn = draw_figures(aside)

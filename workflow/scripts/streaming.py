@@ -34,7 +34,8 @@ def main() -> None:
     own.add_argument("--trace", type=Path, help="write the text of nvidia-smi dmon here")
     mine, rest = own.parse_known_args()
     args = harness.arguments("streaming", systems=SYSTEMS["streaming"], argv=rest)
-    nothing_traced(mine.trace, "the system was not run on this machine; its result says why")
+    with harness.written():
+        nothing_traced(mine.trace, "the system was not run on this machine; its result says why")
     with harness.experiment(args, experiment="streaming", system=args.system) as exp:
         exp.config["disable_kv_swap"] = True  # nothing here opens a session, so no KV can leave the device
         with dmon(mine.trace) as trace:

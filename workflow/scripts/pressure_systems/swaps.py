@@ -9,6 +9,7 @@ from typing import Any
 from djinn_core.device.base import Event
 from djinn_core.sessions.pagerevents import PagerEvent
 from workflow.lib.harness import Experiment
+from workflow.lib.results import write_text
 
 Interval = tuple[float, float]
 LOG = "pressure.log"  # beside the results
@@ -63,15 +64,13 @@ def overlap(first: Iterable[Interval], second: Iterable[Interval]) -> tuple[floa
 
 def write_log(path: Path, runs: Iterable[tuple[str, Sequence[PagerEvent]]]) -> None:
     """A line per event for a person to read: seconds since its run began, session, what, bytes, milliseconds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.partial")
-    with aside.open("w") as file:
-        for title, events in runs:
-            file.write(f"# {title}\n")
-            begin_s = events[0].time_s if events else 0.0
-            for event in events:
-                file.write(
-                    f"{event.time_s - begin_s:10.4f} s  {event.session:<6} {event.event:<24} "
-                    f"{event.bytes:>15,} bytes {event.ms:10.3f} ms\n"
-                )
-    aside.replace(path)
+    lines = []
+    for title, events in runs:
+        lines.append(f"# {title}\n")
+        begin_s = events[0].time_s if events else 0.0
+        for event in events:
+            lines.append(
+                f"{event.time_s - begin_s:10.4f} s  {event.session:<6} {event.event:<24} "
+                f"{event.bytes:>15,} bytes {event.ms:10.3f} ms\n"
+            )
+    write_text(path, "".join(lines))
