@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -293,6 +294,23 @@ def test_the_pipeline_refuses_a_wrong_path_before_any_rule(tmp_path: Path) -> No
         "cpu.yaml: streaming.model.path: './absent': no such folder, and no hub id either"
         in refused.stdout + refused.stderr
     )
+
+
+def test_answers_that_are_gone_are_made_again_for_the_next_system(tmp_path: Path) -> None:
+    pipeline_in(tmp_path)
+    for name in ("certificate.json", "streaming/reference.json"):
+        path = tmp_path / "results" / "cpu" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    command = [sys.executable, "-m", "snakemake", "-n", "--config", "run=cpu", "--"]
+    command.append("results/cpu/streaming/djinn_ans.json")
+    jobs = []
+    for _ in range(2):
+        planned = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+        jobs.append(re.findall(r"^(\w+) +\d+$", planned.stdout + planned.stderr, re.MULTILINE))
+        (tmp_path / "results/cpu/streaming/reference.safetensors").touch()
+    assert set(jobs[0]) == {"streaming_reference", "streaming_system", "total"}
+    assert set(jobs[1]) == {"streaming_system", "total"}
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import torch
 
 from djinn_core.certify import LinkBench, opened
 from workflow.lib.harness import Experiment, Outcome
-from workflow.lib.results import Result, summary_of
+from workflow.lib.results import Result, read_result, summary_of
 from workflow.lib.systems import SYSTEMS
 from workflow.scripts.streaming_systems import measure, resident
 from workflow.scripts.streaming_systems.base import (
@@ -169,6 +170,20 @@ def test_a_reference_of_other_weights_is_refused(exp, reference) -> None:
         resident.read(exp.out.with_name("reference.safetensors"), "another digest")
     with pytest.raises(Outcome, match="is missing"):
         resident.read(exp.out.with_name("nothing.safetensors"), "any")
+
+
+def test_a_reference_that_is_not_run_has_its_file_too(tmp_path, monkeypatch) -> None:
+    """The rule promises it; without it the result that tells the reason would be deleted."""
+    from workflow.scripts import streaming
+
+    out = tmp_path / "reference.json"
+    words = f"streaming --run cpu --system reference --out {out} --log {tmp_path}/log"
+    monkeypatch.setattr(sys, "argv", [*words.split(), "--set", "streaming.expected.host_bytes=1000000000000000"])
+    with pytest.raises(SystemExit) as end:
+        streaming.main()
+    assert end.value.code == 0 and read_result(out)["status"] == "unsupported"
+    with pytest.raises(Outcome, match=f"the reference has no answers: {out} says why"):
+        resident.read(tmp_path / "reference.safetensors", "any")
 
 
 def test_a_reference_that_does_not_fit_says_the_bytes(exp, monkeypatch) -> None:

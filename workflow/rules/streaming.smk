@@ -16,6 +16,7 @@ rule streaming_reference:
         certificate="results/{run}/certificate.json",
     output:
         result="results/{run}/streaming/reference.json",
+        answers="results/{run}/streaming/reference.safetensors",
     log:
         "results/{run}/logs/streaming_reference.log",
     conda:
@@ -34,6 +35,7 @@ rule streaming_system:
         code=code_of("streaming"),
         grid="config/deepspeed_grid.yaml",
         reference="results/{run}/streaming/reference.json",
+        answers="results/{run}/streaming/reference.safetensors",
     output:
         result="results/{run}/streaming/{system}.json",
         trace="results/{run}/streaming/dmon_{system}.csv",

@@ -36,11 +36,13 @@ def main() -> None:
     args = harness.arguments("streaming", systems=SYSTEMS["streaming"], argv=rest)
     with harness.written():
         nothing_traced(mine.trace, "the system was not run on this machine; its result says why")
+        if args.system == "reference":
+            resident.write(answers_file(args.out), {}, "")  # a run overwrites it
     with harness.experiment(args, experiment="streaming", system=args.system) as exp:
         exp.config["disable_kv_swap"] = True  # nothing here opens a session, so no KV can leave the device
         with dmon(mine.trace) as trace:
             if args.system == "reference":
-                resident.run(exp, answers_file(exp))
+                resident.run(exp, answers_file(exp.out))
             else:
                 run(exp, args.system)
         note(exp, trace)
@@ -58,9 +60,9 @@ def note(exp: harness.Experiment, trace: Trace) -> None:
         exp.result.sample("dmon_rxpci_peak_gbps", peak / 1000, "GB/s")
 
 
-def answers_file(exp: harness.Experiment) -> Path:
+def answers_file(out: Path) -> Path:
     """Where the reference's answers lie, beside every result of the run."""
-    return exp.out.with_name("reference.safetensors")
+    return out.with_name("reference.safetensors")
 
 
 def run(exp: harness.Experiment, system: str) -> None:
@@ -68,7 +70,7 @@ def run(exp: harness.Experiment, system: str) -> None:
     config, result = exp.config, exp.result
     source = source_of(config)
     result.weights = {"kind": source.kind, "digest": source.digest, "size_bytes": weight_bytes(source)}
-    reference = resident.read(answers_file(exp), source.digest)
+    reference = resident.read(answers_file(exp.out), source.digest)
     device = torch.device(exp.device)
     prompt = resident.seeded_prompt(source.config.vocab_size, config["prompt_tokens"], config["seed"], device)
     open_system = opener(exp, system, prompt)

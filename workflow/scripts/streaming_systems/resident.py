@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from workflow.lib.harness import Experiment, Outcome
+from workflow.lib.results import write_bytes
 from workflow.scripts.streaming_systems.base import source_of, stock_model, weight_bytes
 
 
@@ -99,21 +100,25 @@ def run(exp: Experiment, out: Path) -> None:
     exp.result.weights = {"kind": source.kind, "digest": source.digest, "size_bytes": weight_bytes(source)}
     exp.result.sample("reference_tokens", len(first.tokens), "tokens")
     exp.result.check("reference_repeats", first.same(second))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.part")
-    save_file({name: t.contiguous() for name, t in first.tensors().items()}, aside, metadata={"weights": source.digest})
-    aside.replace(out)
+    write(out, {name: tensor.contiguous() for name, tensor in first.tensors().items()}, source.digest)
+
+
+def write(out: Path, tensors: dict[str, torch.Tensor], weights_digest: str) -> None:
+    """Answers; a run that may not come to them writes none first, since the rule promises the file."""
+    write_bytes(out, save(tensors, metadata={"weights": weights_digest}))
 
 
 def read(path: Path, weights_digest: str) -> Answers:
     """The reference's answers.
 
     Raises:
-        Outcome: they are missing, or of other weights.
+        Outcome: they are missing, the reference has none, or they are of other weights.
     """
     if not path.is_file():
         raise Outcome("inconclusive", f"no reference: {path} is missing; run the system `reference` first")
     with safe_open(path, framework="pt") as file:
+        if not file.keys():
+            raise Outcome("inconclusive", f"the reference has no answers: {path.with_suffix('.json')} says why")
         if (file.metadata() or {}).get("weights") != weights_digest:
             raise Outcome("inconclusive", f"{path} was made with other weights; run the system `reference` again")
         return Answers(*(file.get_tensor(name) for name in ("pass_logits", "logits", "tokens")))
