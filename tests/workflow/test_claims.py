@@ -14,6 +14,7 @@ from tests.workflow.synthetic import Maker
 from workflow.lib.claimfiles import input_files
 from workflow.lib.claims import FAIL, INCONCLUSIVE, NOT_RUN, OTHER_HARDWARE, PASS
 from workflow.lib.results import ResultError, validate
+from workflow.lib.systems import SYSTEMS
 from workflow.scripts import claims
 
 REPOSITORY = Path(__file__).parents[2]
@@ -337,4 +338,25 @@ def test_a_name_that_each_does_not_give_is_refused(tmp_path: Path):
     file = tmp_path / "claims.yaml"
     file.write_text(json.dumps({"claims": [claim]}))
     with pytest.raises(ResultError, match=r"streaming-link-rate: \$system is not of `each`; allowed: sytem"):
+        claims.load_claims(file)
+
+
+@pytest.mark.parametrize("system", ["djinn_an", "", "../streaming/djinn_ans", 3, None])
+def test_a_system_that_does_not_exist_is_refused_with_those_that_do(tmp_path: Path, system: object):
+    claim = copy.deepcopy(BY_ID["streaming-link-rate"])
+    claim["each"]["system"].append(system)
+    file = tmp_path / "claims.yaml"
+    file.write_text(json.dumps({"claims": [claim]}))
+    with pytest.raises(ResultError) as refusal:
+        claims.load_claims(file)
+    assert str(refusal.value).startswith(f"{file}: streaming-link-rate: streaming has no system {system!r}; allowed: ")
+    assert all(name in str(refusal.value) for name in SYSTEMS["streaming"])
+
+
+def test_only_one_value_is_a_value_of_each(tmp_path: Path):
+    claim = copy.deepcopy(BY_ID["streaming-link-rate"])
+    claim["each"]["system"].append(["djinn_ans"])
+    file = tmp_path / "claims.yaml"
+    file.write_text(json.dumps({"claims": [claim]}))
+    with pytest.raises(ResultError, match=r"each\.system\[4\]: \['djinn_ans'\] is not of type"):
         claims.load_claims(file)

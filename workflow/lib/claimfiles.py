@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from workflow.lib.results import ResultError, validate
+from workflow.lib.systems import SYSTEMS
 from workflow.lib.yamlfile import SettingsError, read_yaml
 
 CLAIMS = Path("config/claims.yaml")
@@ -18,7 +19,8 @@ def load_claims(path: str | Path = CLAIMS) -> list[dict[str, Any]]:
     """The claims, checked by their schema.
 
     Raises:
-        ResultError: the file cannot be read, names a key, a value or a $name that is not allowed, or an id twice.
+        ResultError: the file cannot be read, names a key, a value, a $name or a system that is not allowed, or an id
+            twice.
     """
     try:
         document = read_yaml(path)
@@ -31,12 +33,18 @@ def load_claims(path: str | Path = CLAIMS) -> list[dict[str, Any]]:
         raise ResultError(f"{path}: the id {twice[0]} is used twice")
     for claim in claims:
         try:
-            files_of(claim)
+            read = systems_read(claim)
         except KeyError as error:
             allowed = ", ".join(claim.get("each", {})) or "none, as there is no `each`"
             raise ResultError(
                 f"{path}: {claim['id']}: ${error.args[0]} is not of `each`; allowed: {allowed}"
             ) from error
+        experiment, known = claim["experiment"], SYSTEMS[claim["experiment"]]
+        wrong = [system for system in read if system not in known]
+        if wrong:
+            raise ResultError(
+                f"{path}: {claim['id']}: {experiment} has no system {wrong[0]!r}; allowed: {', '.join(known)}"
+            )
     return claims
 
 
@@ -67,10 +75,14 @@ def cases_of(claim: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [dict(zip(each, values, strict=True)) for values in itertools.product(*each.values())]
 
 
+def systems_read(claim: Mapping[str, Any]) -> list[str]:
+    """The systems that any case of a claim reads, in order of appearance."""
+    return systems_of([filled(claim["value"], case) for case in cases_of(claim)])
+
+
 def files_of(claim: Mapping[str, Any]) -> list[str]:
     """The result files that a claim reads, relative to the run's folder."""
-    systems = itertools.chain.from_iterable(systems_of(filled(claim["value"], case)) for case in cases_of(claim))
-    return [f"{claim['experiment']}/{system}.json" for system in dict.fromkeys(systems)]
+    return [f"{claim['experiment']}/{system}.json" for system in systems_read(claim)]
 
 
 def input_files(claims: Iterable[Mapping[str, Any]]) -> list[str]:
