@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import errno
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from tests.workflow.synthetic import LAYERS, Maker
 from workflow.lib.claimfiles import cases_of, filled
 from workflow.lib.results import ResultError
-from workflow.lib.systems import PRESSURE_SYSTEMS, RESUME_METHODS, STREAMING_GROUPS
+from workflow.lib.systems import PRESSURE_SYSTEMS, RESUME_METHODS, STREAMING_SYSTEMS, SYSTEMS
 from workflow.plots import fig5, fig6, fig7, style, table1
 from workflow.plots.load import certificate_of, read
 from workflow.scripts import memory_breakdown, report
@@ -69,6 +70,14 @@ def test_drawing_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False).returncode == 0
 
 
+@pytest.mark.parametrize("rules", sorted((REPOSITORY / "workflow/rules").glob("*.smk")), ids=lambda path: path.name)
+def test_rules_keep_no_list_of_systems(rules: Path):
+    """The systems are in workflow/lib/systems.py alone; a rule names those only that it treats apart."""
+    known = {system for systems in SYSTEMS.values() for system in systems}
+    named = {name for text in re.findall(r'"([\w|]+)"', rules.read_text()) for name in text.split("|")}
+    assert known & named <= {"djinn"}
+
+
 def drawn(module, maker: Maker, tmp_path: Path, name: str = "a") -> tuple[bytes, pd.DataFrame]:
     out, csv = tmp_path / f"{name}.pdf", tmp_path / f"{name}.csv"
     module.draw(maker.folder, out, csv)
@@ -103,7 +112,7 @@ def test_fig5_csv_holds_what_the_files_hold(run: Maker, tmp_path: Path):
     )
     assert row["median"] == pytest.approx(values[len(values) // 2])
     assert row["n"] == len(values)
-    assert set(table["system"]) == {system for group in STREAMING_GROUPS.values() for system in group}
+    assert set(table["system"]) == set(STREAMING_SYSTEMS)
 
 
 def test_a_system_without_numbers_is_shown_as_what_it_is(run: Maker, tmp_path: Path):
@@ -173,7 +182,7 @@ def test_the_report_keeps_the_groups_apart_and_names_what_failed(run: Maker):
     assert "DeepSpeed" not in filled.split("## Targets")[0]
     assert "libaio is not installed" in nothing
     assert "| PASS |" in filled
-    assert len(rows) == sum(map(len, STREAMING_GROUPS.values())) * len(report.COLUMNS)
+    assert len(rows) == len(STREAMING_SYSTEMS) * len(report.COLUMNS)
 
 
 def test_fig6_shows_every_system_and_where_eager_stopped(run: Maker, tmp_path: Path):

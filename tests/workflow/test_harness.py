@@ -25,7 +25,7 @@ from djinn_core.errors import OutOfDeviceMemory, UnsupportedModel, WeightsError
 from workflow.lib import cgroup, children, harness, identity, limits
 from workflow.lib.memory import MemorySampler
 from workflow.lib.results import read_result, write_json
-from workflow.lib.systems import STREAMING_GROUPS
+from workflow.lib.systems import STREAMING_SYSTEMS
 from workflow.lib.trace import nothing_traced
 from workflow.plots import fig5
 from workflow.scripts import pressure, report, streaming
@@ -278,7 +278,7 @@ def test_a_model_that_the_host_cannot_hold_is_unsupported_for_every_system(
     monkeypatch.setattr(machine, "state", lambda uuid: state)
     monkeypatch.setattr(harness, "gpu_lock", lambda uuid: nullcontext(0.0))
     needed = {"deepspeed_cpu": 170, "deepspeed_cpu_tuned": 170}
-    systems = [system for group in STREAMING_GROUPS.values() for system in group if system != "deepspeed_nvme"]
+    systems = [system for system in STREAMING_SYSTEMS if system != "deepspeed_nvme"]
     for system in systems:
         out = tmp_path / "streaming" / f"{system}.json"
         trace = out.with_name(f"dmon_{system}.csv")

@@ -16,6 +16,7 @@ STREAMING_GROUPS = {
     ),
     "cap filled": ("accelerate_device_map", "djinn_resident"),
 }
+STREAMING_SYSTEMS = tuple(system for group in STREAMING_GROUPS.values() for system in group)
 RESUME_METHODS = (
     "eager",
     "recompute",
@@ -27,7 +28,7 @@ RESUME_METHODS = (
 PRESSURE_SYSTEMS = ("eager", "manual_offload", "djinn", "djinn_uncapped")
 # by experiment, with the reference that the others are compared with: what --system takes
 SYSTEMS = {
-    "streaming": ("reference", *(system for group in STREAMING_GROUPS.values() for system in group)),
+    "streaming": ("reference", *STREAMING_SYSTEMS),
     "resume": RESUME_METHODS,
     "pressure": ("reference", *PRESSURE_SYSTEMS),
 }

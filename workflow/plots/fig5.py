@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
-from workflow.lib.systems import STREAMING_GROUPS
+from workflow.lib.systems import STREAMING_GROUPS, STREAMING_SYSTEMS
 from workflow.plots import style
 from workflow.plots.load import ResultFile, certificate_of, read_folder
 
@@ -147,8 +147,7 @@ def draw(results_dir: Path, out: Path, csv: Path) -> None:
         ResultError: a file is missing, or the files may not be compared.
     """
     style.use_style()
-    systems = [system for group in STREAMING_GROUPS.values() for system in group]
-    results = {result.system: result for result in read_folder(results_dir / "streaming", systems)}
+    results = {result.system: result for result in read_folder(results_dir / "streaming", STREAMING_SYSTEMS)}
     certificate = certificate_of(results_dir, "streaming")
     drawn = collect(results)
     fig = plt.figure(figsize=(style.PAGE_IN, 2.75))

@@ -1,8 +1,7 @@
 from pathlib import Path
 
-from workflow.lib.systems import PRESSURE_SYSTEMS, RESUME_METHODS, STREAMING_GROUPS
+from workflow.lib.systems import PRESSURE_SYSTEMS, RESUME_METHODS, STREAMING_SYSTEMS
 
-STREAMING = [system for group in STREAMING_GROUPS.values() for system in group]
 PLOTTING = [
     "workflow/plots/style.py",
     "workflow/plots/load.py",
@@ -14,7 +13,7 @@ PLOTTING = [
 rule fig5:
     """Streaming: the rate of the link, the time of a pass, the first token, the sizes of a chunk."""
     input:
-        results=result_files("streaming", STREAMING),
+        results=result_files("streaming", STREAMING_SYSTEMS),
         certificate=f"results/{RUN}/certificate.json",
         code=["workflow/plots/fig5.py", *PLOTTING],
     output:
@@ -34,7 +33,7 @@ rule fig5:
 rule report:
     """Streaming: the comparison as a table, with the targets and what was measured of them."""
     input:
-        results=result_files("streaming", STREAMING),
+        results=result_files("streaming", STREAMING_SYSTEMS),
         certificate=f"results/{RUN}/certificate.json",
         claims="config/claims.yaml",
         code=[

@@ -1,4 +1,4 @@
-PRESSURE_SYSTEMS = ["eager", "manual_offload", "djinn", "djinn_uncapped"]
+from workflow.lib.systems import PRESSURE_SYSTEMS
 
 
 rule pressure:
@@ -35,7 +35,7 @@ rule pressure_system:
     log:
         "results/{run}/logs/pressure_{system}.log",
     wildcard_constraints:
-        system="eager|manual_offload|djinn_uncapped",
+        system="|".join(system for system in PRESSURE_SYSTEMS if system != "djinn"),
     conda:
         "../../envs/experiments.yaml"
     threads: ALL_CORES

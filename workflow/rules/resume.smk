@@ -1,11 +1,4 @@
-RESUME_METHODS = [
-    "eager",
-    "recompute",
-    "manual_offload_pageable",
-    "manual_offload_pinned",
-    "manual_offload_overlapped",
-    "djinn",
-]
+from workflow.lib.systems import RESUME_METHODS
 
 
 rule resume:

@@ -1,6 +1,4 @@
-from workflow.lib.systems import STREAMING_GROUPS
-
-STREAMING_SYSTEMS = [system for group in STREAMING_GROUPS.values() for system in group]
+from workflow.lib.systems import STREAMING_SYSTEMS
 
 
 rule streaming:

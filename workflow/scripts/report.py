@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from workflow.lib.results import ResultError, write_text
-from workflow.lib.systems import STREAMING_GROUPS
+from workflow.lib.systems import STREAMING_GROUPS, STREAMING_SYSTEMS
 from workflow.plots.fig5 import chunk_bytes
 from workflow.plots.load import ResultFile, certificate_of, digest, read_folder
 from workflow.plots.style import label, machine_line
@@ -100,8 +100,7 @@ def report(results_dir: Path, claims_path: Path) -> tuple[str, pd.DataFrame]:
     Raises:
         ResultError: a file is missing, or the files may not be compared.
     """
-    systems = [system for group in STREAMING_GROUPS.values() for system in group]
-    loaded = read_folder(results_dir / "streaming", systems)
+    loaded = read_folder(results_dir / "streaming", STREAMING_SYSTEMS)
     results = {result.system: result for result in loaded}
     certificate = certificate_of(results_dir, "streaming")
     first = loaded[0]
