@@ -63,7 +63,8 @@ def open_source(
 
     Args:
         source: a folder with config.json and safetensors; an architecture's JSON file, or its name (``"llama-2-13b"``);
-            a config object; or a hub id (``"org/name"``) in the local cache. The network is never used.
+            a config object; or a hub id (``"org/name"``) in the local cache. The network is never used. A model has
+            at most 1,000 layers.
         dtype: what tensors are read as; a checkpoint in another dtype is converted piece by piece. None: as stored,
             or as the config says, or float32.
         seed: of random weights; a checkpoint has its own.

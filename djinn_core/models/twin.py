@@ -132,6 +132,8 @@ def _prove(config: PretrainedConfig, dtype: torch.dtype, runner: TwinRunner) -> 
         reference, again = stock_logits(twin), stock_logits(twin)
     except _DOES_NOT_RUN as error:
         raise UnsupportedModel(f"{kind}: its two-layer twin does not run in transformers itself: {error}") from error
+    if any(logits.isnan().any() for logits in reference):
+        raise UnsupportedModel(f"{kind}: the stock twin answers NaN; look for a number in its config that cannot be")
     if not all(map(torch.equal, reference, again)):
         raise UnsupportedModel(f"{kind}: the stock twin does not repeat itself in {dtype_name(dtype)}")
     runs = [("streamed", lambda: runner.stream(twin))]

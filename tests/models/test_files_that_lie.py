@@ -84,6 +84,8 @@ def test_a_header_beyond_the_file_and_a_folder_are_refused(tmp_path):
         ("intermediate_size", 0),
         ("head_dim", 0),
         ("max_position_embeddings", 0),
+        ("sliding_window", 10**30),
+        ("hidden_size", 10**30),
         ("model_type", "nonsense"),
         ("model_type", None),
         ("model_type", ["llama"]),
@@ -110,12 +112,34 @@ def test_a_config_that_is_no_object_with_a_type_is_refused(folder, text):
         open_source(folder)
 
 
-@pytest.mark.parametrize(("field", "value"), [("hidden_size", 10**30), ("hidden_act", "nonsense")])
+@pytest.mark.parametrize(("field", "value"), [("hidden_size", 1 << 60), ("hidden_act", "nonsense")])
 def test_a_config_that_no_model_can_be_built_from_is_refused(folder, field, value):
     config = folder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {field: value}))
     with pytest.raises(UnsupportedModel, match="llama: transformers builds no"):
         open_source(folder)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": "llama", "num_hidden_layers": 10**30},
+        {"model_type": "qwen2", "num_hidden_layers": 10**30},  # whose config makes a list of its layers
+        {"model_type": "gpt2", "n_layer": 1001},
+        {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "num_hidden_layers": 10**30}},
+    ],
+    ids=lambda fields: fields["model_type"],
+)
+def test_layers_without_end_are_refused_before_any_is_built(folder, tmp_path, fields):
+    alone = tmp_path / "deep.json"
+    for file, source in ((alone, alone), (folder / "config.json", folder)):
+        file.write_text(json.dumps(fields))
+        with pytest.raises(ConfigError, match=rf"{file}: n\w+ is 10\d+; at most 1000 layers"):
+            open_source(source)
+    if fields["model_type"] == "llama":
+        with pytest.raises(ConfigError, match=r"the llama config: num_hidden_layers is 10+; at most 1000 layers"):
+            open_source(LlamaConfig(**fields))
 
 
 def test_heads_that_do_not_share_evenly_are_refused_with_both_numbers(tmp_path):

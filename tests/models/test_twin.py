@@ -1,5 +1,7 @@
 """The twin keeps what decides the computation, and catches a runner that is wrong anywhere."""
 
+import math
+
 import pytest
 import torch
 from transformers import (
@@ -120,6 +122,13 @@ def test_recurrent_state_is_refused_by_name_without_a_run(config):
 def test_dynamic_rotary_scaling_is_refused():
     config = LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
     with pytest.raises(UnsupportedModel, match="dynamic rotary scaling"):
+        prove(config, torch.float32, Runner())
+
+
+@pytest.mark.parametrize("odd", [{"rms_norm_eps": math.nan}, {"rms_norm_eps": -9.0}, {"rope_theta": -1.0}], ids=str)
+def test_a_number_that_cannot_be_is_said_to_give_nan(odd):
+    config = LlamaConfig(**{"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2} | odd)
+    with pytest.raises(UnsupportedModel, match="llama: the stock twin answers NaN; look for a number in its config"):
         prove(config, torch.float32, Runner())
 
 
