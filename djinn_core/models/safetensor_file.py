@@ -158,10 +158,12 @@ class SafetensorFile:
         self._refuse_changed()
 
     def sample(self, tensor: StoredTensor, size_bytes: int) -> bytes:
-        """The first, middle and last `size_bytes` of a tensor, for a digest."""
+        """The first, middle and last `size_bytes` of a tensor, for a digest. Raises WeightsError, as `read` does."""
         last = max(tensor.size_bytes - size_bytes, 0)
-        count = min(size_bytes, tensor.size_bytes)
-        return b"".join(os.pread(self._fd, count, tensor.offset_bytes + at) for at in (0, last // 2, last))
+        parts = torch.empty(3, min(size_bytes, tensor.size_bytes), dtype=torch.uint8)
+        for begin, part in zip((0, last // 2, last), parts, strict=True):
+            self.read_range(tensor, begin, part)
+        return parts.numpy().tobytes()
 
     def _refuse_changed(self) -> None:
         if self._stat() != self._stamp:

@@ -1,6 +1,8 @@
 """Files that promise what cannot be: each is refused by name, with an error of Djinn's own."""
 
+import errno
 import json
+import os
 import struct
 
 import pytest
@@ -118,6 +120,22 @@ def test_a_config_that_no_model_can_be_built_from_is_refused(folder, field, valu
     config.write_text(json.dumps(json.loads(config.read_text()) | {field: value}))
     with pytest.raises(UnsupportedModel, match="llama: transformers builds no"):
         open_source(folder)
+
+
+def test_a_read_error_while_the_digest_is_made_names_the_tensor(folder, monkeypatch):
+    file = SafetensorFile(folder / SINGLE)
+    tensor = file.tensors["model.norm.weight"]
+    whole = torch.empty(tensor.size_bytes, dtype=torch.uint8)
+    file.read_range(tensor, 0, whole)
+    assert file.sample(tensor, 6) == bytes(whole[[*range(6), *range(29, 35), *range(58, 64)]].tolist())
+
+    def broken(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    for call in ("pread", "preadv"):
+        monkeypatch.setattr(os, call, broken)
+    with pytest.raises(WeightsError, match=rf"model\.norm\.weight from {folder / SINGLE}: Input/output error"):
+        file.sample(tensor, 6)
 
 
 @pytest.mark.timeout(30)
