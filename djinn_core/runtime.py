@@ -26,7 +26,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from djinn_core import context
-from djinn_core.device import open_device
+from djinn_core.device import named_device, open_device
 from djinn_core.errors import ConfigError, OutOfDeviceMemory, SessionStateError, UsageError
 from djinn_core.interrupts import Uninterrupted, act, taken
 from djinn_core.loading import load_model
@@ -88,7 +88,7 @@ class Runtime:
                 and size.
 
         Raises:
-            ConfigError: a budget is missing or out of range.
+            ConfigError: a budget is missing or out of range, torch sees no such GPU, or a word is unknown.
             OutOfDeviceMemory: the context and the activations alone exceed the budget.
         """
         _check_sizes(
@@ -100,8 +100,7 @@ class Runtime:
         )
         if bool(disk_path) != bool(disk_bytes):
             raise ConfigError("a disk tier needs both disk_path and disk_bytes")
-        if device == "auto":
-            device = "cuda:0" if torch.cuda.is_available() else "cpu"
+        device = named_device(device)
         self.turn = Turn()
         self._models: dict[str, PreTrainedModel] = {}
         self._names = itertools.count(1)
@@ -379,8 +378,8 @@ class Runtime:
 
 def _check_sizes(**sizes: int | None) -> None:
     for name, size in sizes.items():
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
-            raise ConfigError(f"{name} is {size!r}; it is a number of bytes, a whole number from 0")
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or not 0 <= size < 1 << 63):
+            raise ConfigError(f"{name} is {size!r}; it is a number of bytes, a whole number from 0 to 2**63 - 1")
 
 
 def open_session(model: PreTrainedModel, *, max_length: int, batch_size: int = 1) -> Session:

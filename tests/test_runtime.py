@@ -314,12 +314,26 @@ def test_keep_free_bytes_are_kept_free():
         ({}, "needs budget_bytes"),
         ({"budget_bytes": -1}, "budget_bytes is -1"),
         ({"budget_bytes": 1.5}, "budget_bytes is 1.5"),
+        ({"budget_bytes": 1 << 63}, "budget_bytes is 9223372036854775808; .* from 0 to 2"),
+        ({"budget_bytes": MIB, "host_bytes": 10**30}, "host_bytes is 10+;"),
         ({"budget_bytes": MIB, "disk_bytes": 5}, "needs both"),
+        ({"budget_bytes": MIB, "pinning": "no"}, "pinning is 'no'; allowed are 'required' and 'optional'"),
+        ({"budget_bytes": MIB, "device": "gpu"}, "device 'gpu' is unknown; allowed are"),
+        ({"budget_bytes": MIB, "device": 0}, "device 0 is unknown; allowed are"),
     ],
 )
 def test_settings_of_a_runtime_are_checked(settings, words):
     with pytest.raises(ConfigError, match=words):
-        Runtime("cpu", **settings)
+        Runtime(**{"device": "cpu"} | settings)
+
+
+@pytest.mark.parametrize(("name", "there"), [("cuda", 0), ("cuda:0", 0), ("cuda:1", 1), (f"cuda:{10**20}", 2)])
+def test_a_gpu_that_is_not_there_is_refused_with_what_is(name, there, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    sees = ("no GPU: it, or the NVIDIA driver, is missing", "1 GPU", "2 GPUs")[there]
+    with pytest.raises(ConfigError, match=f"device '{name}' was asked for.* sees {sees}; device='cpu' is the emulated"):
+        Runtime(name, budget_bytes=MIB)
 
 
 def test_a_budget_that_the_activations_eat_is_refused():

@@ -18,7 +18,7 @@ import torch
 from djinn_core.device import libc
 from djinn_core.device.base import Device
 from djinn_core.device.spans import FreeSpans
-from djinn_core.errors import DjinnError, OutOfHostMemory, UsageError
+from djinn_core.errors import ConfigError, DjinnError, OutOfHostMemory, UsageError
 from djinn_core.memory.hostmapping import HostMapping
 
 SLAB_BYTES = 512 << 20
@@ -63,6 +63,9 @@ class HostTier:
     pageable memory, on which copies block the caller, and says so in `pinned`. `ahead_bytes`: a background thread
     keeps this much pinned and unused, so that whoever allocates need not wait for pinning. `threads` fault memory in
     (default: all cores, at most 16).
+
+    Raises:
+        ConfigError: another word for `pinning`.
     """
 
     def __init__(
@@ -75,7 +78,7 @@ class HostTier:
         ahead_bytes: int = 0,
     ) -> None:
         if pinning not in ("required", "optional"):
-            raise ValueError(f"pinning is 'required' or 'optional', not {pinning!r}")
+            raise ConfigError(f"pinning is {pinning!r}; allowed are 'required' and 'optional'")
         self._device = device
         self._granularity = device.granularity_bytes
         self._optional = pinning == "optional"
