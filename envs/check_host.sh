@@ -2,9 +2,13 @@
 # Says in one line what this machine lacks, with the packages to install. Fails only for what nothing works without.
 set -eu
 python="${1:-python3}"
+case "${python##*/}" in # Debian's packages are named after the version that is asked for
+    python3.*) package="${python##*/}" ;;
+    *) package=python3 ;;
+esac
 
 if ! command -v "$python" >/dev/null; then
-    echo "set-up: no $python here; install it with: apt-get install python3 python3-venv" >&2
+    echo "set-up: no $python here; install it with: apt-get install $package $package-venv" >&2
     exit 1
 fi
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
@@ -12,13 +16,13 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     exit 1
 fi
 if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
-    echo "set-up: Python's venv module is missing; install it with: apt-get install python3-venv" >&2
+    echo "set-up: Python's venv module is missing; install it with: apt-get install $package-venv" >&2
     exit 1
 fi
 
 missing=""
 command -v g++ >/dev/null || missing="$missing g++"
-"$python" - <<'PY' || missing="$missing python3-dev"
+"$python" - <<'PY' || missing="$missing $package-dev"
 import pathlib, sys, sysconfig
 sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())
 PY

@@ -11,17 +11,19 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "envs" / "check_host.sh"
 
 
-def check(folder: Path, *, python: str | None, compiler: bool = True) -> subprocess.CompletedProcess[str]:
+def check(
+    folder: Path, *, python: str | None, compiler: bool = True, name: str = "python3"
+) -> subprocess.CompletedProcess[str]:
     """Run the script on a machine that has nothing but `folder` on its PATH."""
     (folder / "sh").symlink_to(shutil.which("sh"))
     (folder / "cat").symlink_to(shutil.which("cat"))
     if python is not None:
-        (folder / "python3").write_text(python)
-        (folder / "python3").chmod(0o755)
+        (folder / name).write_text(python)
+        (folder / name).chmod(0o755)
     if compiler:
         (folder / "g++").write_text("#!/bin/sh\n")
         (folder / "g++").chmod(0o755)
-    return subprocess.run(["sh", SCRIPT, "python3"], env={"PATH": str(folder)}, capture_output=True, text=True)
+    return subprocess.run(["sh", SCRIPT, name], env={"PATH": str(folder)}, capture_output=True, text=True)
 
 
 def real(before: str = "") -> str:
@@ -34,6 +36,19 @@ def test_no_python(tmp_path: Path) -> None:
     assert said.returncode == 1
     assert said.stderr.count("\n") == 1
     assert "apt-get install python3 python3-venv" in said.stderr
+
+
+@pytest.mark.parametrize("path", ["python3.12", "/usr/bin/python3.12"])
+def test_another_version_has_packages_of_its_own(path: str, tmp_path: Path) -> None:
+    said = check(tmp_path, python=None, name=f"{tmp_path}{path}" if path[0] == "/" else path)
+    assert said.stderr.endswith("; install it with: apt-get install python3.12 python3.12-venv\n")
+    (tmp_path / "g").mkdir()
+    bare = real('case "$2" in *ensurepip*) exit 1;; esac')
+    said = check(tmp_path / "g", python=bare, name="python3.12")
+    assert said.stderr.endswith("; install it with: apt-get install python3.12-venv\n")
+    (tmp_path / "h").mkdir()
+    said = check(tmp_path / "h", python=real('[ "$1" = - ] && exit 1'), name="python3.12")
+    assert said.returncode == 0 and " python3.12-dev" in said.stderr
 
 
 def test_python_too_old(tmp_path: Path) -> None:
