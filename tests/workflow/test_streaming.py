@@ -220,6 +220,19 @@ def test_a_failed_trace_is_reported_and_costs_nothing(exp, caplog) -> None:
     assert "dmon ended" in caplog.text
 
 
+def test_a_trace_that_cannot_be_read_is_reported_and_costs_nothing(exp, caplog, monkeypatch, tmp_path) -> None:
+    from workflow.lib.trace import Trace
+    from workflow.scripts import streaming
+
+    (tmp_path / "dmon.csv").write_text("# gpu  rxpci\n    0\n    0   12\n")
+    monkeypatch.setattr(type(exp), "is_gpu", True)
+    monkeypatch.setattr(streaming, "gpu_index", lambda uuid: 0)
+    with logged(caplog):
+        streaming.note(exp, Trace(tmp_path / "dmon.csv", running=True))
+    assert exp.result.checks["dmon_traced"]["passed"] is False and exp.result.status == "ok"
+    assert "dmon.csv: line 2: 1 fields under a header of 2" in caplog.text
+
+
 def test_buffers_are_computed_without_memory_for_weights(model) -> None:
     source = source_of(CONFIG)
     buffers = computed_buffers(source, "cpu")

@@ -40,6 +40,12 @@ def test_a_row_of_another_width_is_refused() -> None:
         trace.parse_dmon(OTHER_ORDER.replace("210", ""))
 
 
+@pytest.mark.parametrize("cut", [1, 4, 12])
+def test_a_last_line_that_was_being_written_is_left_out(cut: int) -> None:
+    """dmon is ended at any moment; what is left of a number would be taken for one."""
+    assert trace.parse_dmon(DRIVER_580[:-cut]) == trace.parse_dmon(DRIVER_580)[:2]
+
+
 def test_something_that_is_no_number_is_refused() -> None:
     with pytest.raises(trace.TraceError, match="rxpci: 'ERR!' is not a number"):
         trace.parse_dmon(OTHER_ORDER.replace("58123", "ERR!"))

@@ -45,10 +45,17 @@ class Trace:
     failure: str | None = None
 
     def peak(self, column: str, gpu: int) -> float | None:
-        """The highest value of a column for one GPU (by nvidia-smi's index); None where nothing was traced."""
+        """The highest value of a column for one GPU (by nvidia-smi's index); None where nothing was traced.
+
+        A text that cannot be read is a `failure` of the trace.
+        """
         if not self.running or self.failure:
             return None
-        rows = parse_dmon(self.path.read_text())
+        try:
+            rows = parse_dmon(self.path.read_text())
+        except TraceError as error:
+            self.failure = f"{self.path.name}: {error}"
+            return None
         seen = [row[column] for row in rows if row["gpu"] == gpu and row.get(column) is not None]
         return max(seen, default=None)
 
@@ -82,7 +89,8 @@ def dmon(path: str | Path | None) -> Iterator[Trace]:
 def parse_dmon(text: str) -> list[dict[str, str | float | None]]:
     """The rows of a dmon trace, by the names in its header: numbers as floats, `-` as None, the time as text.
 
-    dmon repeats its header; each row is read by the last header before it.
+    dmon repeats its header; each row is read by the last header before it. A last line without an end was being written
+    when dmon was ended, and is left out.
 
     Raises:
         TraceError: a row before any header, or of another width than its header.
@@ -90,7 +98,7 @@ def parse_dmon(text: str) -> list[dict[str, str | float | None]]:
     rows: list[dict[str, str | float | None]] = []
     names: list[str] = []
     after_names = False
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
         if line.startswith("#"):
             fields = line.lstrip("#").split()
             if "gpu" in fields:

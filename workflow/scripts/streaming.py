@@ -52,10 +52,10 @@ def note(exp: harness.Experiment, trace: Trace) -> None:
     """What the trace saw, and whether it was taken at all: reported, never a gate."""
     if not trace.running:
         return
+    peak = trace.peak("rxpci", gpu_index(machine.gpu_uuid())) if exp.is_gpu else None
     exp.result.check("dmon_traced", trace.failure is None, gate=False)
     if trace.failure:
         exp.log.warning("%s", trace.failure)
-    peak = trace.peak("rxpci", gpu_index(machine.gpu_uuid())) if exp.is_gpu else None
     if peak is not None:
         exp.result.sample("dmon_rxpci_peak_gbps", peak / 1000, "GB/s")
 
