@@ -45,7 +45,7 @@ class Holding:
         moving: its memory is being unmapped.
         changing: its owner gives it another lineage, or closes it; no prefetch begins.
         leaving: how many are about to unmap it, and rely on its host copies.
-        seeking: how many threads wait for host memory for it.
+        seeking: how many threads wait for host memory for it, or for others who may look for room themselves.
         reading: the boundary that the last resume copied in, and the event after which that is done.
         prefetch_failed: bringing it in early went wrong; it is not tried again before its next pause.
         pins: others that read its mapped blocks now.
@@ -142,12 +142,13 @@ class Holding:
     def in_motion(self) -> bool:
         """A transfer of its memory is under way, and ends by itself.
 
-        What looks for room does not, on the host or on the device: it may wait for the very one who asks.
+        What looks for room does not, on the host or on the device: it may wait for the very one who asks. So may a
+        pass that maps its own layers: it waits for its turn.
         """
         if self.seeking:
             return False
         jobs = list(self.jobs)
-        if self.draining or self.moving or self.leaving or any(job.moves for job in jobs):
+        if self.draining or self.moving or self.leaving or any(job.moves and not job.by_pass for job in jobs):
             return True
         try:
             return not all(job.complete() for job in jobs if job.done)

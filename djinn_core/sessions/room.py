@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TypeVar
 
 from djinn_core.device.base import Device, Event
@@ -104,8 +104,7 @@ class Room:
             with self.leaving(holding):
                 while True:
                     with self.lock:
-                        # who borrows from it lets go by himself
-                        self.lock.wait_for(lambda: not (holding.moving or (wait and holding.pins)))
+                        self._wait_alone(holding, lambda: not (holding.moving or (wait and holding.pins)))
                         if (
                             holding.state is not SessionState.PAUSED
                             or holding.pins
@@ -119,8 +118,9 @@ class Room:
                             holding.moving = True
                     if clean:
                         break
-                    if wait:
-                        holding.wait_issued()
+                    if wait and holding.being_brought:
+                        with self.tiers.seeking(holding):
+                            holding.wait_issued()
                     blocks = list(holding.mapped.values())
                     write_back(self, holding, blocks, part=lambda some: parted.append(self._part(holding, some)))
                 self._leave(holding, parted)
@@ -128,6 +128,15 @@ class Room:
         finally:
             if any(parted):
                 self.log(holding, "evict", sum(parted), time.perf_counter() - begun_s)
+
+    def _wait_alone(self, holding: Holding, reached: Callable[[], bool]) -> None:
+        """Wait until others have `reached` that its memory is left alone. The lock is held.
+
+        Who borrows from it lets go by himself, but may look for room before.
+        """
+        while not reached():
+            with self.tiers.seeking(holding) if holding.pins else nullcontext():
+                self.lock.wait()
 
     def wait_unmoved(self, holding: Holding) -> None:
         """Return when nobody moves its memory; who has to wait is out of the way. The lock is held."""
@@ -189,7 +198,7 @@ class Room:
     def _unmap_alone(self, holding: Holding, blocks: Sequence[Block]) -> None:
         """Unmap those of `blocks` that are mapped here, when nobody else moves, writes back or borrows any."""
         with self.lock:
-            self.lock.wait_for(lambda: not (holding.draining or holding.moving or holding.pins))
+            self._wait_alone(holding, lambda: not (holding.draining or holding.moving or holding.pins))
             holding.moving = True
             there = [block for block in blocks if holding.mapped.get(block.offset) is block]
         try:
@@ -314,7 +323,7 @@ class Room:
         """What `take` gets, after evicting paused sessions if need be; None when nobody else can leave.
 
         While another caller evicts, which may take long where the host is full, what comes free meanwhile is taken.
-        Whoever cannot leave only because he is on his way is waited for, but not for a prefetch.
+        Whoever cannot leave only because he is on his way is waited for, unless a prefetch asks.
         """
         give_up_s = time.monotonic() + PATIENCE_S
         while True:
@@ -451,7 +460,9 @@ class Room:
 
 
 def _could_leave_later(holding: Holding) -> bool:
-    return holding.state is SessionState.PAUSED and bool(holding.mapped)
+    """Nobody runs it, and it is on the device, or is brought there."""
+    away = holding.state in (SessionState.PAUSED, SessionState.SWAPPED)
+    return away and (bool(holding.mapped) or holding.being_brought)
 
 
 def _pieces(blocks: Iterable[Block]) -> Iterator[list[Block]]:

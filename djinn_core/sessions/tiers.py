@@ -228,7 +228,7 @@ class Tiers:
             return False
         stay = (SessionState.RUNNING, SessionState.PAUSED)
         coming = any(not (job.done or job.by_pass) for h in block.places for job in h.jobs)
-        if coming or not all(h.state in stay and not (h.moving or h.leaving) for h in block.places):
+        if coming or not all(h.state in stay and not (h.moving or h.leaving or h.draining) for h in block.places):
             return False
         try:
             return block.ready is None or block.ready.query()
@@ -236,27 +236,32 @@ class Tiers:
             return False
 
     def wait_for_transfers(self, owner: str, give_up_s: float, of: Callable[[Holding], bool] = lambda _: True) -> bool:
-        """Wait a moment for others' transfers, which may leave room behind; False when there are none, or no time."""
-        with self._pager.lock, self._seeking(owner):
+        """Wait a moment for others' transfers, which may leave room behind; False when there are none, or no time.
+
+        Who lends to another is free when that one's has ended.
+        """
+        with self._pager.lock, self.seeking(self._pager.holdings.get(owner)):
             left_s = give_up_s - time.monotonic()
-            others = [h for h in self._pager.holdings.values() if h.id != owner and of(h)]
-            if left_s <= 0 or not any(h.in_motion() for h in others):
+            others = [h for h in self._pager.holdings.values() if h.id != owner]
+            moving = [h for h in others if h.in_motion()]
+            if left_s <= 0 or not any(of(h) for h in others if h in moving or (moving and h.pins)):
                 return False
             self._pager.lock.wait(min(left_s, POLL_S))
             return True
 
     @contextmanager
-    def _seeking(self, owner: str) -> Iterator[None]:
-        """Nobody waits for `owner` meanwhile. The pager's lock is held."""
-        holding = self._pager.holdings.get(owner)
+    def seeking(self, holding: Holding | None) -> Iterator[None]:
+        """Nobody waits for `holding` meanwhile: it waits for others, who may wait for those."""
         if holding is None:
             yield
             return
-        holding.seeking += 1
+        with self._pager.lock:
+            holding.seeking += 1
         try:
             yield
         finally:
-            holding.seeking -= 1
+            with self._pager.lock:
+                holding.seeking -= 1
 
     def _away(self) -> list[Holding]:
         """Sessions off the device, the one expected last first; then the others, whose checkpoints may be off it.

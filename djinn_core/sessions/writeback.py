@@ -106,7 +106,8 @@ def _wait_idle(room: Room, holding: Holding) -> None:
 def _claim(room: Room, holding: Holding, blocks: Iterable[Block], todo: list[Copy]) -> None:
     with room.lock:
         wanted = list(blocks)
-        room.lock.wait_for(lambda: not any(block.copying_bytes for block in wanted))  # a sibling's write-back
+        with room.tiers.seeking(holding):  # a sibling's write-back, which may wait for room
+            room.lock.wait_for(lambda: not any(block.copying_bytes for block in wanted))
         for block in wanted:
             end = block.end_bytes()
             if holding in block.places and block.host_valid_bytes < end:  # it may have left this region meanwhile
