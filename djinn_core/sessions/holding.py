@@ -44,6 +44,7 @@ class Holding:
         needed: someone waits for that write-back, so it may take others' clean copies from the host.
         moving: its memory is being unmapped.
         changing: its owner gives it another lineage, or closes it; no prefetch begins.
+        renewing: a resume waits for what was begun before it; its own bring-in decides about the state.
         leaving: how many are about to unmap it, and rely on its host copies.
         seeking: how many threads wait for host memory for it, or for others who may look for room themselves.
         reading: the boundary that the last resume copied in, and the event after which that is done.
@@ -73,6 +74,7 @@ class Holding:
         self.orphans: list[Block] = []
         self.deferred: BringIn | None = None
         self.queued = self.unstarted = self.draining = self.needed = self.moving = self.release = self.changing = False
+        self.renewing = False
         self.in_pass = False
         self.user = threading.Lock()
         self.user_thread: int | None = None

@@ -319,8 +319,11 @@ class Pager(Writer):
                 raise refusal(holding.id, holding.state, "resume") from holding.failure
             if holding.state not in (SessionState.RUNNING, SessionState.RESUMING):  # that one was interrupted
                 holding.go(SessionState.RESUMING, "resume")
-            holding.release = False
-        self._forget(holding)
+            holding.release, holding.renewing = False, True
+        try:
+            self._forget(holding)
+        finally:
+            holding.renewing = False
         if not holding.jobs:
             self.sweep(holding)
         if not holding.jobs and holding.is_resident():
@@ -392,9 +395,8 @@ class Pager(Writer):
                 holding.prefetch_failed |= not isinstance(job.error, OutOfDeviceMemory)
                 if not any(job.arrival) and job in holding.jobs:
                     holding.jobs.remove(job)
-            taken_over = job.prefetch and holding.state is SessionState.RESUMING  # the resume's own bring-in decides
             in_pass = holding.in_pass and job.error is not None  # it uses what has come; its end decides
-            if not (taken_over or in_pass) or isinstance(job.error, IntegrityError):
+            if not (holding.renewing or in_pass) or isinstance(job.error, IntegrityError):
                 self._settle_state(holding, job.error)
             if job.prefetch and not job.error:
                 self.log(holding, "prefetched", job.bytes)

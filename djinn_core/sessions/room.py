@@ -191,7 +191,8 @@ class Room:
             raise
         with self.lock:
             holding.moving = False
-            holding.jobs.clear()
+            # what failed is still to be told to who had resumed it
+            holding.jobs = [job for job in holding.jobs if job.error is not None and not job.prefetch]
             holding.go(SessionState.SWAPPED, "leave the device")
             self.lock.notify_all()
 

@@ -1,4 +1,4 @@
-"""What the tight day found, each made certain: circles of waiters on a full host, and who is on his way."""
+"""What the tight day found, each made certain: circles of waiters on a full host, and resumes that are not told."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import torch
 
-from djinn_core.errors import DjinnError, OutOfDeviceMemory, OutOfHostMemory
+from djinn_core.device.faults import FaultPlan
+from djinn_core.errors import DjinnError, OutOfDeviceMemory, OutOfHostMemory, TransferError
 from djinn_core.memory.hosttier import HostBlock
-from djinn_core.sessions import Session, SessionState, tiers
+from djinn_core.sessions import Session, SessionState, bringin, tiers
 from djinn_core.sessions.bringin import BringIn
 from tests.sessions.oracle import Oracle, likely, prompt
 from tests.sessions.rigs import MakeRig, Rig, wait_for
@@ -215,3 +216,37 @@ def test_who_lends_to_another_may_leave_soon(make_rig: MakeRig) -> None:
     threading.Timer(0.2, end).start()
     other.forward(prompt())
     assert lender.state is SessionState.SWAPPED
+
+
+# a resume that fails is told to who resumed
+
+
+def test_a_resume_is_not_decided_by_an_earlier_one_that_fails(make_rig: MakeRig, monkeypatch) -> None:
+    """Paused while it came back, and resumed again: what fails then is the first bring-in, and nobody wants that."""
+    rig = make_rig()
+    session, ids, wanted = begun(rig)
+    leave(session)
+    room = NoRoom(rig, monkeypatch)
+    session.resume()
+    assert room.waits.wait(10)
+    session.pause()
+    with beside(session.resume):
+        wait_for(lambda: session.state is SessionState.RESUMING)
+        room.told.set()
+    assert torch.equal(session.forward(ids), wanted)
+
+
+def test_a_resume_that_failed_half_way_is_told_after_an_eviction_too(rig: Rig, monkeypatch) -> None:
+    monkeypatch.setattr(bringin, "STEP_BYTES", 1)  # a layer each
+    session, ids, wanted = begun(rig)
+    leave(session)
+    rig.device.faults = FaultPlan().fail("copy", 2)
+    session.resume()
+    wait_for(lambda: session.state is SessionState.PAUSED)
+    rig.device.faults = None
+    assert session.device_bytes
+    assert rig.sessions.pager.evict(session._holding)
+    with pytest.raises(TransferError):
+        session.forward(ids)
+    session.resume()
+    assert torch.equal(session.forward(ids), wanted)
