@@ -4,7 +4,7 @@ Invariant: the host copy of anything is given up only after the disk copy that r
 (two phases), or while the device holds the same bytes and nobody is about to take them from there. Room is made in this
 order: what passes have written behind themselves and nobody counts on yet; host copies that a running session's device
 memory repeats, which cost nothing to drop either; then what is off the device goes to disk: sessions, the one expected
-last first, and then the checkpoints of those that are on it. Who must have room (a resume, an eviction) and still has
+last first, and then what others have off it, as checkpoints. Who must have room (a resume, an eviction) and still has
 none takes the host copies of paused sessions that are on the device, the one expected soonest first: they are dirty
 again, and would be written back before they leave. A write-back that nobody waits for does not go that far, or two of
 them could take the room from each other for ever. When no room can be made, the caller gets the numbers.
@@ -264,14 +264,14 @@ class Tiers:
                 holding.seeking -= 1
 
     def _away(self) -> list[Holding]:
-        """Sessions off the device, the one expected last first; then the others, whose checkpoints may be off it.
+        """Sessions off the device, the one expected last first; then the others, parts of which may be off it.
 
         Who is on his way back goes after those who are not: what he waits for may have to be read again.
         """
         off = (SessionState.SWAPPED, SessionState.RESUMING)
         with self._pager.lock:
             away = [h for h in self._pager.holdings.values() if h.state in off]
-            others = [h for h in self._pager.holdings.values() if h.checkpoints and h not in away]
+            others = [h for h in self._pager.holdings.values() if h.state not in off]
         away.sort(key=lambda h: (not h.jobs, _expected_s(h)), reverse=True)
         return [*away, *sorted(others, key=_expected_s, reverse=True)]
 

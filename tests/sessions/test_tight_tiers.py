@@ -250,3 +250,18 @@ def test_a_resume_that_failed_half_way_is_told_after_an_eviction_too(rig: Rig, m
         session.forward(ids)
     session.resume()
     assert torch.equal(session.forward(ids), wanted)
+
+
+def test_what_a_running_session_has_off_the_device_makes_room_on_the_host(make_rig: MakeRig, monkeypatch) -> None:
+    """It went back, and what it went back to could not be brought in; then it forgot the checkpoint."""
+    rig = make_rig(device_bytes=6 * SESSION_BYTES, host_bytes=SESSION_BYTES, disk_bytes=8 * SESSION_BYTES)
+    session, ids, wanted = begun(rig)
+    leave(session)
+    holding = session._holding
+    holding.state = SessionState.RUNNING
+    other = begun(rig)[0]
+    leave(other)
+    assert rig.disk.held_bytes
+    session.pause()
+    session.resume()
+    assert torch.equal(session.forward(ids), wanted)
