@@ -82,6 +82,7 @@ class Staging:
         self._device = device
         self._pool = pool
         self._acquire = acquire
+        self._growing = threading.Lock()  # held while larger slots are made, for which others may have to be evicted
         self._changed = threading.Condition()
         self._idle: deque[Slot] = deque()
         self._slots: list[Slot] = []
@@ -107,7 +108,7 @@ class Staging:
         Raises:
             OutOfDeviceMemory: there is no room; the slots are as they were.
         """
-        with self._changed:
+        with self._growing:
             if self._outbound is not None and self._outbound.size_bytes >= size_bytes:
                 return
             new: list[Slot] = []
@@ -119,6 +120,13 @@ class Staging:
                 for slot in new:
                     slot.close()
                 raise
+            old = self._replace(new)
+        for slot in old:
+            slot.close()
+
+    def _replace(self, new: list[Slot]) -> list[Slot]:
+        """Use the `new` slots, the last one outbound; those that are to go."""
+        with self._changed:
             with self._storing:
                 outbound, self._outbound = self._outbound, new.pop()
             idle, self._idle, self._slots = self._idle, deque(new), new
@@ -127,8 +135,7 @@ class Staging:
                 while True:
                     old.append(idle.popleft())
             self._changed.notify_all()
-        for slot in old:
-            slot.close()
+        return old
 
     def take(self, way: Way) -> Slot:
         """An inbound slot; waits for another resume's when none is idle, and out of the way: a pass may have it."""

@@ -8,13 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from djinn_core.errors import DjinnError, OutOfHostMemory
 from djinn_core.sessions import Session, SessionState
 from djinn_core.sessions.snapshot import load_session
 from djinn_core.turn import Way
 from tests.sessions.alone import alone
-from tests.sessions.oracle import prompt
+from tests.sessions.oracle import Oracle, prompt
 from tests.sessions.rigs import MakeRig, Rig, wait_for
 
 UNIT = 64 << 10
@@ -165,6 +166,34 @@ def test_a_slot_that_is_taken_while_larger_ones_are_made_stays_whole(rig: Rig) -
     assert taken[0]._region.mapped()
     staging.give_back(taken[0])
     assert not taken[0]._region.mapped() or taken[0] in staging._idle
+
+
+def test_a_resume_goes_on_while_larger_slots_are_made(rig: Rig, monkeypatch) -> None:
+    """They may need others' memory, and who gives that back has his own boundary to read."""
+    session, staging = rig.open(), rig.sessions.pager.staging
+    session.forward(prompt(), stop_after=2)
+    session.pause(release=True)
+    session.wait_until("released", 10)
+    acquire, waits, go_on = staging._acquire, threading.Event(), threading.Event()
+
+    def slowly(*args: object) -> object:
+        waits.set()
+        go_on.wait(20)
+        return acquire(*args)
+
+    monkeypatch.setattr(staging, "_acquire", slowly)
+    said: list[torch.Tensor] = []
+    opening = threading.Thread(target=rig.open, args=(256, 2))
+    resuming = threading.Thread(target=lambda: said.append(session.resume()), daemon=True)
+    opening.start()
+    assert waits.wait(10)
+    resuming.start()
+    resuming.join(5)
+    went_on = bool(said)
+    go_on.set()
+    opening.join(10)
+    resuming.join(10)
+    assert went_on and torch.equal(said[0], Oracle(rig.stock).forward(prompt()))
 
 
 def test_a_copy_into_a_slot_waits_for_its_last_reader(rig: Rig) -> None:
