@@ -37,6 +37,11 @@ class DiskBlock:
     crc32: int
     freed: bool = False
 
+    @property
+    def held_bytes(self) -> int:
+        """What it takes of the tier's budget."""
+        return max(1, -(-self.size_bytes // UNIT_BYTES)) * UNIT_BYTES
+
 
 class DiskTier:
     """Blocks in a file in the folder `path`, at most `budget_bytes`. Thread-safe.

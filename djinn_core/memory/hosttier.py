@@ -31,12 +31,14 @@ class HostBlock:
 
     Attributes:
         tensor: uint8 of exactly `size_bytes`; it dies with `free`.
+        held_bytes: what it takes of the tier's budget.
         pinned: registered with the device. Always true unless the tier's pinning is optional.
     """
 
     def __init__(self, tier: HostTier, address: int, size_bytes: int, owner: str, home: HostMapping | _Slab) -> None:
         self.address = address
         self.size_bytes = size_bytes
+        self.held_bytes = home.spans.rounded(size_bytes) if isinstance(home, _Slab) else home.size_bytes
         self.owner = owner
         self.pinned = home.pinned
         self.tensor: torch.Tensor = libc.tensor_at(address, size_bytes)
@@ -235,7 +237,7 @@ class HostTier:
             block.tensor = _NOTHING
             if isinstance(home, _Slab):
                 home.spans.give(block.address - home.address, block.size_bytes)
-                self._held_bytes -= home.spans.rounded(block.size_bytes)
+                self._held_bytes -= block.held_bytes
                 return
         home.close()
         with self._lock:

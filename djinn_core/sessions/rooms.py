@@ -14,7 +14,7 @@ from djinn_core.interrupts import Uninterrupted, act, taken
 from djinn_core.memory.disktier import DiskTier
 from djinn_core.memory.extents import ExtentPool
 from djinn_core.memory.hosttier import HostTier
-from djinn_core.sessions.blocks import Layout
+from djinn_core.sessions.blocks import Block, Layout, Stored
 from djinn_core.sessions.checkpoint import Story
 from djinn_core.sessions.holding import Holding
 from djinn_core.sessions.kvcache import attention_windows, kv_layout, positions_in_table
@@ -29,7 +29,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SessionInfo:
-    """One session at one moment: its state, and where its KV is. Blocks that several share count for each."""
+    """One session at one moment: its state, and what it holds where: KV, checkpoints and their boundaries.
+
+    Bytes are those that a tier gives for it. What sessions share counts for each; `shared_` is how much of it the row
+    of an older session has too, so that without it the rows add up to what `Runtime.memory()` has for sessions.
+    """
 
     id: str
     state: SessionState
@@ -41,6 +45,9 @@ class SessionInfo:
     host_bytes: int
     disk_bytes: int
     dirty_bytes: int
+    shared_device_bytes: int = 0
+    shared_host_bytes: int = 0
+    shared_disk_bytes: int = 0
 
     def __str__(self) -> str:
         return (
@@ -49,11 +56,12 @@ class SessionInfo:
         )
 
 
-_NUMBERS = tuple(field.name for field in fields(SessionInfo) if field.name not in ("id", "state"))
+_NAMES = tuple(field.name for field in fields(SessionInfo))
+_NUMBERS = tuple(name for name in _NAMES if name not in ("id", "state") and not name.startswith("shared_"))
 
 
 class SessionTable(tuple[SessionInfo, ...]):
-    """The sessions of one moment, oldest first: a tuple whose `str()` is a table."""
+    """The sessions of one moment, oldest first: a tuple whose `str()` is a table, and ends with what all hold once."""
 
     __slots__ = ()
 
@@ -61,12 +69,20 @@ class SessionTable(tuple[SessionInfo, ...]):
         rows = [("session", "state", *(name.replace("_", " ") for name in _NUMBERS))]
         for info in self:
             rows.append((info.id, info.state.value, *(f"{getattr(info, name):,}" for name in _NUMBERS)))
+        if len(self) > 1:
+            rows.append(("all", "", *(self._in_all(name) for name in _NUMBERS)))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = []
         for session, state, *numbers in rows:
             cells = [n.rjust(width) for n, width in zip(numbers, widths[2:], strict=True)]
             lines.append("  ".join([session.ljust(widths[0]), state.ljust(widths[1]), *cells]))
         return "\n".join(lines)
+
+    def _in_all(self, name: str) -> str:
+        """The sum of a column, without what an older row has too; nothing where there is no use for one."""
+        if f"shared_{name}" not in _NAMES:
+            return ""
+        return f"{sum(getattr(info, name) - getattr(info, f'shared_{name}') for info in self):,}"
 
 
 class Sessions:
@@ -128,7 +144,9 @@ class Sessions:
     def infos(self) -> SessionTable:
         """Every open session, now."""
         with Uninterrupted(), self.pager.lock:
-            return SessionTable(_info(holding) for holding in self.pager.holdings.values())
+            mapped: set[Block] = set()
+            stored: set[Stored] = set()
+            return SessionTable([_info(holding, mapped, stored) for holding in self.pager.holdings.values()])
 
     def close(self) -> None:
         """Close what is open, and end the pager. Whoever uses a session ends first.
@@ -154,17 +172,40 @@ class Sessions:
             self.pager.close()
 
 
-def _info(holding: Holding) -> SessionInfo:
-    blocks = set(holding.table).union(*(set(point.table) for point in holding.checkpoints))
-    return SessionInfo(
+def _info(holding: Holding, mapped: set[Block], stored: set[Stored]) -> SessionInfo:
+    """Its row; `mapped` and `stored` are what older ones have, and then what this one has besides."""
+    here = set(holding.mapped.values())
+    has = here.union(holding.table, holding.orphans, *(point.table for point in holding.checkpoints))
+    has |= {point.boundary for point in holding.checkpoints if point.boundary is not None}
+    behind = holding.behind.host_bytes if holding.behind is not None else 0
+    stale = sum(extent.size_bytes for extent in holding.stale.values())
+    info = SessionInfo(
         id=holding.id,
         state=holding.state,
         length=min(holding.table.lengths),
         max_length=holding.layout.max_length,
         batch_size=holding.layout.batch_size,
         checkpoints=len(holding.checkpoints),
-        device_bytes=holding.device_bytes,
-        host_bytes=sum(block.host_valid_bytes for block in blocks),
-        disk_bytes=sum(block.disk_valid_bytes for block in blocks),
-        dirty_bytes=sum(max(0, block.end_bytes() - block.host_valid_bytes) for block in holding.mapped.values()),
+        device_bytes=_on_device(here) + stale,
+        host_bytes=_on_host(has) + behind,
+        disk_bytes=_on_disk(has),
+        dirty_bytes=sum(max(0, block.end_bytes() - block.host_valid_bytes) for block in here),
+        shared_device_bytes=_on_device(here & mapped),
+        shared_host_bytes=_on_host(has & stored),
+        shared_disk_bytes=_on_disk(has & stored),
     )
+    mapped |= here
+    stored |= has
+    return info
+
+
+def _on_device(blocks: set[Block]) -> int:
+    return sum(block.size_bytes for block in blocks)
+
+
+def _on_host(stored: set[Stored]) -> int:
+    return sum(host.held_bytes for each in stored if (host := each.host) is not None)
+
+
+def _on_disk(stored: set[Stored]) -> int:
+    return sum(disk.held_bytes for each in stored if (disk := each.disk) is not None)
