@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 
+from workflow.scripts.pressure import record_times
 from workflow.scripts.pressure_systems.workload import TurnTimes, call_together, run_turns
 
 
@@ -39,3 +41,20 @@ def test_a_callers_failure_is_the_experiments() -> None:
 
     with pytest.raises(RuntimeError, match="out of turn"):
         call_together(2, fail)
+
+
+def test_what_a_turn_took_is_recorded_in_one_order() -> None:
+    """A late resume is found again in every metric by its place."""
+    kept = []
+    exp = SimpleNamespace(result=SimpleNamespace(sample=lambda *sample, **dims: kept.append((*sample, dims))))
+    record_times(exp, TurnTimes(2.0, 9.0, 1.5, {"boundary issued": 1.0, "bring-in begun": 0.5}), {"seed": 3})
+    record_times(exp, TurnTimes(1.0, 2.0), {"seed": 3})
+    assert kept == [
+        ("ready_ms", 2.0, "ms", {"seed": 3}),
+        ("next_token_ms", 9.0, "ms", {"seed": 3}),
+        ("begun_ms", 1.5, "ms", {"seed": 3}),
+        ("span_ms", 1.0, "ms", {"seed": 3, "span": "boundary issued"}),
+        ("span_ms", 0.5, "ms", {"seed": 3, "span": "bring-in begun"}),
+        ("ready_ms", 1.0, "ms", {"seed": 3}),
+        ("next_token_ms", 2.0, "ms", {"seed": 3}),
+    ]

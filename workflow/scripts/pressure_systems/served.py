@@ -39,8 +39,9 @@ class ServedTenant(Tenant):
         next_token_ms = self.timer.until(done)
         trace = self.session.trace
         self.found_resident = trace.found_resident
-        begun_ms = sum(ms for what, ms in trace.spans if what != "pass issued")
-        times = TurnTimes(max(self.timer.until(gate) for gate in trace.gates), next_token_ms, begun_ms)
+        spans = {what: ms for what, ms in trace.spans if what != "pass issued"}
+        ready_ms = max(self.timer.until(gate) for gate in trace.gates)
+        times = TurnTimes(ready_ms, next_token_ms, sum(spans.values()), spans)
         token = self._choose(logits)
         for _ in range(self.workload.turn_tokens - 1):
             token = self._choose(self.session.forward(token))

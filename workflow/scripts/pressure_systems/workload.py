@@ -12,7 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -68,12 +68,13 @@ class TurnTimes:
     """One turn, from the call of resume: when layer L+1 could start, and when the next logits were there.
 
     `begun_ms`: when the caller's thread went on to the pass, with all issued that layer L+1 waits for, unless others
-    had to make room first; None where nobody knows.
+    had to make room first; None where nobody knows. `spans` says what that thread did until then, milliseconds each.
     """
 
     ready_ms: float
     next_token_ms: float
     begun_ms: float | None = None
+    spans: dict[str, float] = field(default_factory=dict)
 
 
 class Tenant(ABC):
