@@ -272,7 +272,8 @@ class Runtime:
         Raises:
             SessionStateError: the model is not loaded in this runtime.
             UnsupportedModel: a layer keeps something other than keys and values.
-            OutOfDeviceMemory: device, host and disk together could not hold every open session at its longest.
+            OutOfDeviceMemory: device, host and disk together could not hold every open session at its longest, or the
+                host could not swap them.
         """
         self._check_loaded(model)
         return self._opened().open(model, max_length=max_length, batch_size=batch_size)

@@ -173,8 +173,8 @@ def test_ctrl_c_while_the_copies_are_given_to_their_blocks(rig: Rig) -> None:
 
 @pytest.mark.parametrize("settled", [True, False])
 def test_admission_counts_what_is_written_behind_as_the_sessions_own(make_rig: MakeRig, settled: bool) -> None:
-    rig = make_rig(device_bytes=(LAYERS + INBOUND_SLOTS + 1) * UNIT, host_bytes=(LAYERS + 1) * UNIT)
-    rig.host.prepare((LAYERS + 1) * UNIT)
+    rig = make_rig(device_bytes=(LAYERS + INBOUND_SLOTS + 1) * UNIT, host_bytes=2 * LAYERS * UNIT)
+    rig.host.prepare(2 * LAYERS * UNIT)
     session, _ = stopped(rig)
     if settled:
         take_in(session)

@@ -129,7 +129,7 @@ def test_ctrl_c_while_orphans_are_given_up(rig: Rig, monkeypatch) -> None:
 
 
 def test_admission_counts_orphans_as_the_sessions_own(make_rig: MakeRig, monkeypatch) -> None:
-    rig = make_rig(device_bytes=(LAYERS + INBOUND_SLOTS + 1) * UNIT, host_bytes=(LAYERS + 1) * UNIT)
+    rig = make_rig(device_bytes=(LAYERS + INBOUND_SLOTS + 1) * UNIT, host_bytes=2 * LAYERS * UNIT)
     session, _ = gone_on_and_away(rig)
 
     fail_to_go_back(rig, session, monkeypatch)

@@ -174,8 +174,9 @@ def test_a_host_that_gives_nothing_under_paused_sessions(make_rig: MakeRig, monk
 
 def test_a_resume_without_room_anywhere_does_not_wait_for_itself(make_rig: MakeRig) -> None:
     """Whoever should leave for it finds the host full; what would free some there is the resume that waits."""
-    rig = make_rig(device_bytes=2 * SESSION_BYTES, host_bytes=SESSION_BYTES + 2 * BLOCK_BYTES)
+    rig = make_rig(device_bytes=2 * SESSION_BYTES, host_bytes=2 * SESSION_BYTES)
     away, here = Story(rig, 1), Story(rig, 2)
+    others = rig.host.allocate(2 * BLOCK_BYTES, "others")
     away.step()
     away.session.pause(release=True)
     away.session.wait_until("released", 10)
@@ -187,6 +188,7 @@ def test_a_resume_without_room_anywhere_does_not_wait_for_itself(make_rig: MakeR
     assert time.monotonic() - began_s < tiers.PATIENCE_S / 2
     here.session.close()
     away.step()
+    others.free()
 
 
 def test_resumes_at_once_beside_a_full_host_use_the_disk(make_rig: MakeRig) -> None:

@@ -15,7 +15,7 @@ from djinn_core.device.faults import FaultPlan
 from djinn_core.errors import DeviceError, DjinnError, IntegrityError, OutOfDeviceMemory, SessionStateError
 from djinn_core.sessions import Candidate, ExpectedLast, Session, SessionState
 from djinn_core.sessions.checkpoint import Boundary
-from tests.sessions.oracle import Oracle, prompt
+from tests.sessions.oracle import Oracle, likely, prompt
 from tests.sessions.rigs import MakeRig, Rig, spill
 
 KIB = 1 << 10
@@ -73,6 +73,35 @@ def test_admission_names_every_tier(make_rig: MakeRig) -> None:
     rig.open()
     with pytest.raises(OutOfDeviceMemory, match="does not fit the device"):
         rig.open(max_length=256, batch_size=64)
+
+
+@pytest.mark.parametrize(
+    ("device", "host", "disk", "admitted"),
+    [(1, 1, 0, 1), (1, 2, 0, 2), (2, 1, 0, 2), (2, 2, 0, 3), (1, 1, 8, 1), (2, 1.5, 8, 2), (1, 2, 8, 10), (2, 2, 4, 7)],
+)
+def test_who_is_admitted_can_go_on(make_rig: MakeRig, device: int, host: float, disk: int, admitted: int) -> None:
+    """All in turn, on tiers that have just room for them: more would never come back, or only by chance."""
+    sizes = {
+        "device_bytes": device + 1,
+        "host_bytes": host,
+        "disk_bytes": disk,
+    }  # it has the slots for boundaries too
+    rig = make_rig(**{name: int(size * SESSION_BYTES) for name, size in sizes.items()})
+    opened: list[Session] = []
+    with pytest.raises(OutOfDeviceMemory, match=r"device [\d,]+, now free [\d,]+, host [\d,]+, .*disk"):
+        while True:
+            opened.append(rig.open())
+    assert len(opened) == admitted
+    oracles = [Oracle(rig.stock) for _ in opened]
+    ids = [prompt(seed=seed) for seed in range(admitted)]
+    for _ in range(3):
+        for number, session in enumerate(opened):
+            if session.state is not SessionState.RUNNING:
+                session.resume()
+            wanted = oracles[number].forward(ids[number])
+            assert torch.equal(session.forward(ids[number]), wanted)
+            ids[number] = likely(wanted)
+            session.pause()
 
 
 def test_a_disk_that_returns_other_bytes_fails_the_session(make_rig: MakeRig) -> None:
