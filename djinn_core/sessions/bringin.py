@@ -254,8 +254,8 @@ class BringIn:
 
     @property
     def moves(self) -> bool:
-        """It holds all that its next steps need, or each layer is mapped by a pass that runs."""
-        return not self.done and (self.by_pass or any(want.extent is not None for want in self._flat()))
+        """It holds all that its next steps need, and no pass has to come for them."""
+        return not (self.done or self.by_pass) and any(want.extent is not None for want in self._flat())
 
     def finish(self, error: DjinnError | None) -> None:
         """Nothing more will be issued. Called once, and raises nothing: `error` tells whoever waits."""

@@ -150,7 +150,7 @@ class Holding:
         if self.seeking:
             return False
         jobs = list(self.jobs)
-        if self.draining or self.moving or self.leaving or any(job.moves and not job.by_pass for job in jobs):
+        if self.draining or self.moving or self.leaving or any(job.moves for job in jobs):
             return True
         try:
             return not all(job.complete() for job in jobs if job.done)

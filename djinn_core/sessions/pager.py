@@ -74,11 +74,6 @@ class Pager(Writer):
         """Another caller may resume at any time; what the link has in flight by then, he waits for."""
         return min(self.callers.most(time.monotonic()), len(self.holdings)) > 1
 
-    @property
-    def may_wait(self) -> bool:
-        """Whether a pass may let others go first; not with the last slot in hand, which the next resume needs."""
-        return self.shared and self.staging.idle
-
     def open(self, layout: Layout, boundary_bytes: int) -> Holding:
         """Admit a session that may become as long as `layout` says. It holds no device memory yet.
 

@@ -69,7 +69,11 @@ class Control:
         coming = [job for job in self._jobs if not _come(job, self.first_layer, last)]
         if not coming:
             return None
-        return lambda: not self._pager.may_wait or all(_come(job, self.first_layer, last) for job in coming)
+        return lambda: self._must_go() or all(_come(job, self.first_layer, last) for job in coming)
+
+    def _must_go(self) -> bool:
+        """Nobody else would use the turn; or the next resume needs the slot that this one holds, the last one."""
+        return not self._pager.shared or (not self._pager.staging.idle and self.begins())
 
     def begins(self) -> bool:
         """The first layer of the pass is issued."""

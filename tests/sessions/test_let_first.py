@@ -33,11 +33,12 @@ class Held:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.go, self.error, step = threading.Event(), None, BringIn.step
+        self.first_too = False  # if a worker issues it
         monkeypatch.setattr(bringin_module, "STEP_BYTES", 1)
         monkeypatch.setattr(Link, "_serves_nobody", lambda link: False)  # or who resumes issues the second step himself
 
         def held(job: BringIn) -> tuple:
-            if not (job.begins or job.by_pass):
+            if not (job.by_pass or (job.begins and not self.first_too)):
                 self.go.wait(10)
                 if self.error is not None:
                     raise self.error
@@ -184,6 +185,26 @@ def test_who_holds_the_last_slot_does_not_wait(stopped: tuple, held: Held, monke
     staging = rig.sessions.pager.staging
     slots = [staging.take(Way()) for _ in range(INBOUND_SLOTS - 1)]
     thread, out = resume_at_once(rig, session)
+    for slot in slots:
+        staging.give_back(slot)
+    check_end(held, thread, out, wanted)
+
+
+def test_who_holds_the_last_slot_waits_for_his_first_layer(
+    stopped: tuple, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which may come from disk: he would keep the turn from all who have theirs."""
+    rig, session, _, wanted = stopped
+    prepare, staging = BringIn.prepare, rig.sessions.pager.staging
+    monkeypatch.setattr(BringIn, "prepare", lambda job, *, wait: wait and prepare(job, wait=True))
+    held.first_too = True
+    slots = [staging.take(Way()) for _ in range(INBOUND_SLOTS - 1)]
+    thread, out = resume(session)
+    wait_for(lambda: turn_of(rig).waiting)
+    time.sleep(10 * turn_module.LOOK_S)
+    assert turn_of(rig).waiting == 1
+    with turn_of(rig):
+        assert not out
     for slot in slots:
         staging.give_back(slot)
     check_end(held, thread, out, wanted)
