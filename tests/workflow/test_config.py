@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from djinn_core.certificate import THRESHOLDS
-from workflow.lib import config
+from workflow.lib import config, models
 from workflow.lib.config import PRESETS, SettingsError, auto_run, canonical, load_config, section
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -369,6 +369,22 @@ def test_a_rules_parameter_changes_with_its_own_settings_only() -> None:
     changed["resume"]["repeats"] += 1
     assert canonical(plain, "streaming") == canonical(changed, "streaming")
     assert canonical(plain, "resume") != canonical(changed, "resume")
+
+
+def test_a_rules_parameter_changes_with_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An edited architecture, or other weights in the same folder: a result of the model before is out of date."""
+    monkeypatch.setattr(models, "ARCHITECTURES", tmp_path)
+    (tmp_path / "mine.json").write_text('{"model_type": "llama", "rms_norm_eps": 1e-5}')
+    settings = {"streaming": {"model": {"name": "mine", "path": None}}, "machine": {}, "certify": {}}
+    seen = [canonical(settings, "streaming")]
+    (tmp_path / "mine.json").write_text('{"model_type": "llama", "rms_norm_eps": 1e-3}')
+    seen.append(canonical(settings, "streaming"))
+    settings["streaming"]["model"]["path"] = str(checkpoint(tmp_path / "folder"))
+    seen.append(canonical(settings, "streaming"))
+    weights = next((tmp_path / "folder").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes() + b"0")
+    seen.append(canonical(settings, "streaming"))
+    assert len(set(seen)) == 4 and seen[3] == canonical(settings, "streaming")
 
 
 @pytest.mark.parametrize(("gpu_gb", "run"), [(0, "cpu"), (16, "cpu"), (24, "l4"), (85, "h100"), (150, "h200")])

@@ -393,25 +393,47 @@ def test_the_end_of_the_block_takes_the_whole_group() -> None:
     assert process.returncode is not None
 
 
-def test_an_experiment_ends_with_its_pipeline(tmp_path: Path) -> None:
-    """A process called snakemake is killed; what it started through a shell ends too, its cleanup done."""
-    (tmp_path / "snakemake").write_text(
-        "#!/bin/sh\n"
-        f"{sys.executable} -c 'import sys; from workflow.lib import children; children.terminate_cleanly()\n"
-        "children.end_with(children.pipeline_pid())\n"
-        "import os, time\n"
-        "try: print(os.getpid(), flush=True); time.sleep(300)\n"
-        'finally: open(sys.argv[1], "w").write("clean")\' '
-        f"{tmp_path / 'ended'}\n"
-        "true\n"
+JOB = """
+import os, sys, time
+from workflow.lib import children
+children.terminate_cleanly()
+children.follow_pipeline()
+try:
+    print(os.getpid(), flush=True)
+    time.sleep(300)
+finally:
+    open(sys.argv[1], "w").write("clean")
+"""
+
+
+def pipeline(job: str, *arguments: str) -> subprocess.Popen[str]:
+    """A process that is the pipeline, and starts a job through a shell, which prints its number."""
+    code = (
+        "import shlex, subprocess, sys; from workflow.lib import children; children.name_pipeline()\n"
+        "subprocess.run(shlex.join([sys.executable, '-c', *sys.argv[1:]]) + '; true', shell=True)"
     )
-    pipeline = subprocess.Popen(["sh", str(tmp_path / "snakemake")], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    experiment = int(pipeline.stdout.readline())
-    os.kill(pipeline.pid, signal.SIGKILL)
-    pipeline.wait()
-    pipeline.stdout.close()
-    assert wait_gone(experiment)
+    command = [sys.executable, "-c", code, job, *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_an_experiment_ends_with_its_pipeline(tmp_path: Path) -> None:
+    """What a killed pipeline had started through a shell ends too, its cleanup done."""
+    with pipeline(JOB, str(tmp_path / "ended")) as killed:
+        experiment = int(killed.stdout.readline())
+        os.kill(killed.pid, signal.SIGKILL)
+        assert wait_gone(experiment)
     assert (tmp_path / "ended").read_text() == "clean"
+
+
+def test_a_job_whose_pipeline_has_ended_before_it_came_so_far_does_nothing(tmp_path: Path) -> None:
+    late = f"import os, time; print(os.getpid(), flush=True); time.sleep(1)\n{JOB}"
+    with pipeline(late, str(tmp_path / "ended")) as killed:
+        assert int(killed.stdout.readline())
+        os.kill(killed.pid, signal.SIGKILL)
+        killed.wait()
+        said = killed.stdout.read()
+    assert "the pipeline that started this has ended: nothing was done" in said
+    assert not (tmp_path / "ended").exists()
 
 
 def test_the_sampler_sees_memory_come_and_go() -> None:

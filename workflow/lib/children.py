@@ -1,7 +1,8 @@
 """Child processes that cannot outlive the experiment, and an experiment that cannot outlive its pipeline.
 
 A child has its own process group and asks the kernel for SIGKILL when its parent dies. An experiment started by
-Snakemake watches that process and ends when it is gone: the shell between the two would otherwise keep it alive.
+Snakemake watches that process and ends when it is gone: the shell between the two would otherwise keep it alive. The
+Snakefile names the process in the environment, since by the time that a job has started its parents may be gone.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+PIPELINE = "DJINN_PIPELINE"  # process number and start time
 PR_SET_PDEATHSIG = 1
 GRACE_S = 5.0
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -90,21 +92,29 @@ def descendants(pid: int | None = None) -> set[int]:
     return found
 
 
-def pipeline_pid() -> int | None:
-    """The Snakemake process that started this one, if one did."""
-    for pid in ancestors():
-        try:
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if any(Path(os.fsdecode(word)).name == "snakemake" for word in words[:3]):
-            return pid
-    return None
+def name_pipeline() -> None:
+    """This process is the pipeline: what it starts from now on ends with it."""
+    os.environ[PIPELINE] = f"{os.getpid()} {_started(os.getpid())}"
 
 
-def end_with(pid: int) -> None:
-    """End this process (TERM, and KILL where that does not help) when process `pid` has ended; returns at once."""
-    handle = os.pidfd_open(pid)
+def follow_pipeline() -> None:
+    """End this process (TERM, and KILL where that does not help) when the pipeline that started it has ended.
+
+    Returns at once, also where no pipeline did.
+
+    Raises:
+        SystemExit: it has ended already.
+    """
+    if PIPELINE not in os.environ:
+        return
+    pid, started = os.environ[PIPELINE].split()
+    try:
+        handle = os.pidfd_open(int(pid))
+        lives = _started(int(pid)) == started
+    except (ProcessLookupError, FileNotFoundError):
+        lives = False
+    if not lives:
+        raise SystemExit("the pipeline that started this has ended: nothing was done; start it again")
 
     def watch() -> None:
         select.select([handle], [], [])
@@ -113,6 +123,11 @@ def end_with(pid: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="pipeline-watch", daemon=True).start()
+
+
+def _started(pid: int) -> str:
+    """When a process began, in the kernel's ticks: its number is used again."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 
 def terminate_cleanly() -> None:

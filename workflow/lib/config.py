@@ -282,5 +282,8 @@ def check_against_model(experiment: str, settings: dict[str, Any], where: str) -
 
 
 def canonical(settings: dict[str, Any], experiment: str) -> str:
-    """One line that changes when, and only when, the settings of `experiment` do: a rule's parameter."""
-    return json.dumps(section(settings, experiment), sort_keys=True, separators=(",", ":"))
+    """One line that changes when, and only when, the settings of `experiment` or its model do: a rule's parameter."""
+    given = section(settings, experiment)
+    if "model" in given:
+        given = given | {"model_stamp": models.stamp_of(given["model"])}
+    return json.dumps(given, sort_keys=True, separators=(",", ":"))

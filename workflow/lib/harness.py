@@ -155,9 +155,6 @@ def begin(args: argparse.Namespace) -> dict[str, Any]:
     """Log, settings, and an end that leaves nothing behind; what every script does first."""
     start_logging(args.log)
     children.terminate_cleanly()
-    pipeline = children.pipeline_pid()
-    if pipeline is not None:
-        children.end_with(pipeline)
     return read_settings(args)
 
 

@@ -6,6 +6,7 @@ it is moved.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,16 @@ def architecture(model: dict[str, Any]) -> dict[str, Any] | None:
         folder = find_folder(model["path"])
         return json.loads((folder / "config.json").read_text()) if folder is not None else None
     return json.loads((ARCHITECTURES / f"{model['name']}.json").read_text())
+
+
+def stamp_of(model: dict[str, Any]) -> str:
+    """Changes when the architecture of a preset's model does, or a file of its checkpoint (by name, size and time)."""
+    if not model.get("path"):
+        return hashlib.blake2b((ARCHITECTURES / f"{model['name']}.json").read_bytes(), digest_size=16).hexdigest()
+    folder = find_folder(model["path"])
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors")) if folder else []
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.blake2b(repr(stats).encode(), digest_size=16).hexdigest()
 
 
 def shape_of(model: dict[str, Any], dtype: str) -> Shape | None:

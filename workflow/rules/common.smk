@@ -6,7 +6,7 @@ from snakemake.exceptions import WorkflowError
 
 sys.path.insert(0, str(workflow.basedir))
 
-from workflow.lib import identity
+from workflow.lib import children, identity
 from workflow.lib.config import (
     SettingsError,
     canonical,
@@ -67,6 +67,7 @@ def results_folder(wildcards, input):
 
 
 remove_stale_locks(Path.cwd())
+children.name_pipeline()
 RUN = this_run()
 SETTINGS = settings_of(RUN)
 # Rules that measure take all cores that Snakemake has, so that no two of them ever run beside each other.
