@@ -72,7 +72,10 @@ def wait_for(reached: Callable[[], object], timeout_s: float = 60) -> None:
 
 
 def test_the_real_pipeline_is_taken_up_again(tmp_path: Path) -> None:
-    """The certificate's rule, killed twice: with all of Snakemake, and alone. Then it runs to its end."""
+    """The certificate's rule, killed three times: with all of Snakemake, at once and at work, and alone.
+
+    Then it runs to its end.
+    """
     for name in ("workflow", "config", "profiles", "envs", "djinn_core"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "Snakefile", tmp_path)
@@ -83,15 +86,16 @@ def test_the_real_pipeline_is_taken_up_again(tmp_path: Path) -> None:
     options |= {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     certify, log = "-m workflow.scripts.certify", certificate.parent / "logs" / "certify.log"
 
-    with child(command, **options) as whole:
-        wait_for(log.exists)
-        time.sleep(0.2)
-        os.kill(whole.pid, signal.SIGKILL)
-        whole.wait()
-        wait_for(lambda: not at_work(tmp_path), 10)
-    assert list((tmp_path / ".snakemake" / "locks").iterdir())
-    assert results_in(tmp_path) == []
-    log.unlink()
+    for reached in (lambda: at_work(tmp_path, certify), log.exists):
+        with child(command, **options) as whole:
+            wait_for(reached)
+            time.sleep(0.2)
+            os.kill(whole.pid, signal.SIGKILL)
+            whole.wait()
+            wait_for(lambda: not at_work(tmp_path), 3)
+        assert list((tmp_path / ".snakemake" / "locks").iterdir())
+        assert results_in(tmp_path) == []
+        log.unlink(missing_ok=True)
 
     with child(command, **options) as second:  # the lock of the dead one does not stop it
         wait_for(log.exists)
