@@ -243,6 +243,28 @@ def test_a_checkpoint_without_a_config_is_refused(tmp_path: Path, text: str | No
         load_config("cpu", [f"streaming.model.path={tmp_path / 'broken'}"])
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"model_type": "llama"}, "`hidden_size` is missing; allowed: a whole number from 1"),
+        ({"model_type": "gpt2", "n_embd": 8, "n_positions": 8}, "`n_layer` is missing"),
+        ({"num_attention_heads": 0}, "`num_attention_heads` is 0; allowed"),
+        ({"num_hidden_layers": "2"}, "`num_hidden_layers` is '2'; allowed"),
+        ({"head_dim": [4]}, "`head_dim` is [4]; allowed"),
+        ({"model_type": ["llama"]}, "`model_type` is ['llama'], which transformers does not know"),
+        ({"model_type": "nope"}, "`model_type` is 'nope', which transformers does not know"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused_with_its_field(tmp_path: Path, fields: dict, said: str) -> None:
+    folder = checkpoint(tmp_path / "broken", **fields)
+    if isinstance(fields.get("model_type"), str):  # nothing but these
+        (folder / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(SettingsError) as refusal:
+        load_config("cpu", [f"streaming.model.path={folder}"])
+    assert str(refusal.value).startswith(f"presets/cpu.yaml: streaming.model.path: '{folder}': ")
+    assert said in str(refusal.value) and "\n" not in str(refusal.value)
+
+
 def test_settings_are_read_without_torch(tmp_path: Path) -> None:
     hub_checkpoint(tmp_path)
     code = (

@@ -1,7 +1,8 @@
 """The effective configuration of a run: config/config.yaml, then config/presets/RUN.yaml, checked before anything runs.
 
 What is measured is here; how it is run (cores, paths of environments) is in `profiles/`. A wrong setting is refused
-with its key and what is allowed. Imports no torch: Snakemake reads this while it builds the graph.
+with its key and what is allowed. Imports no torch, since Snakemake reads this while it builds the graph, unless a
+checkpoint has a `model_type` that workflow/lib/models.py does not know.
 """
 
 from __future__ import annotations
@@ -247,6 +248,10 @@ def check_path(experiment: str, path: str, where: str) -> None:
         config = json.loads((folder / "config.json").read_text())
         if not isinstance(config, dict) or "model_type" not in config:
             raise ValueError(f"{folder / 'config.json'} has no `model_type`")
+        if not models.is_known(config["model_type"]):
+            raise ValueError(
+                f"{folder / 'config.json'}: `model_type` is {config['model_type']!r}, which transformers does not know"
+            )
     except (WeightsError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~NAME of nobody
         raise SettingsError(f"{where}: {experiment}.model.path: {path!r}: {error}; allowed: {CHECKPOINTS}") from error
 
@@ -255,6 +260,11 @@ def check_against_model(experiment: str, settings: dict[str, Any], where: str) -
     """Layers within the model's depth, chunks within a ring slot, prompts within its positions."""
     try:
         shape = models.shape_of(settings["model"], settings["dtype"])
+    except ValueError as error:
+        key = "path" if settings["model"]["path"] else "name"
+        raise SettingsError(
+            f"{where}: {experiment}.model.{key}: {settings['model'][key]!r}: config.json: {error}"
+        ) from error
     except FileNotFoundError as error:
         known = ", ".join(sorted(file.stem for file in models.ARCHITECTURES.glob("*.json")))
         raise SettingsError(

@@ -1,4 +1,4 @@
-"""Shapes and sizes of the models that the presets name, from their architecture files alone (no torch).
+"""Shapes and sizes of the models that the presets name, from their architecture files alone.
 
 The sizes are for checks of the settings and for the estimate of what a run needs; what a run moves is counted where
 it is moved.
@@ -53,8 +53,21 @@ def stamp_of(model: dict[str, Any]) -> str:
     return hashlib.blake2b(repr(stats).encode(), digest_size=16).hexdigest()
 
 
+def is_known(kind: Any) -> bool:
+    """Whether transformers has this `model_type`; to ask it imports torch, so it is asked only where it must be."""
+    if kind in GATED or kind == "gpt2":
+        return True
+    from transformers import CONFIG_MAPPING
+
+    return isinstance(kind, str) and kind in CONFIG_MAPPING
+
+
 def shape_of(model: dict[str, Any], dtype: str) -> Shape | None:
-    """The shape, or None where this file does not know the architecture (the plan then checks at load)."""
+    """The shape, or None where this file does not know the architecture (the plan then checks at load).
+
+    Raises:
+        ValueError: a size is missing or is none, with its field.
+    """
     config = architecture(model)
     if config is None:
         return None
@@ -65,34 +78,47 @@ def shape_of(model: dict[str, Any], dtype: str) -> Shape | None:
     return None
 
 
+def _optional(config: dict[str, Any], field: str) -> int | None:
+    return None if config.get(field) is None else _size(config, field)
+
+
+def _size(config: dict[str, Any], field: str) -> int:
+    value = config.get(field)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        said = f"is {value!r}" if field in config else "is missing"
+        raise ValueError(f"`{field}` {said}; allowed: a whole number from 1")
+    return value
+
+
 def _gated_shape(name: str, config: dict[str, Any], item_bytes: int) -> Shape:
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or hidden // heads
+    hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
+    kv_heads = _optional(config, "num_key_value_heads") or heads
+    head_dim = _optional(config, "head_dim") or hidden // heads
     attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
-    layer = attention + 3 * hidden * config["intermediate_size"] + 2 * hidden
-    embedding = config["vocab_size"] * hidden
+    layer = attention + 3 * hidden * _size(config, "intermediate_size") + 2 * hidden
+    embedding = _size(config, "vocab_size") * hidden
     other = embedding * (1 if config.get("tie_word_embeddings") else 2) + hidden
-    depth = config["num_hidden_layers"]
+    depth = _size(config, "num_hidden_layers")
     return Shape(
         name=name,
         layers=depth,
         layer_bytes=layer * item_bytes,
         other_bytes=other * item_bytes,
         kv_bytes_per_token=2 * depth * kv_heads * head_dim * item_bytes,
-        max_positions=config.get("max_position_embeddings"),
+        max_positions=_optional(config, "max_position_embeddings"),
     )
 
 
 def _gpt2_shape(name: str, config: dict[str, Any], item_bytes: int) -> Shape:
-    hidden, inner = config["n_embd"], config.get("n_inner") or 4 * config["n_embd"]
+    hidden, depth, positions = (_size(config, field) for field in ("n_embd", "n_layer", "n_positions"))
+    inner = _optional(config, "n_inner") or 4 * hidden
     layer = hidden * (3 * hidden + hidden + 2 * inner) + 3 * hidden + hidden + inner + hidden + 4 * hidden
-    other = (config["vocab_size"] + config["n_positions"]) * hidden + 2 * hidden
+    other = (_size(config, "vocab_size") + positions) * hidden + 2 * hidden
     return Shape(
         name=name,
-        layers=config["n_layer"],
+        layers=depth,
         layer_bytes=layer * item_bytes,
         other_bytes=other * item_bytes,
-        kv_bytes_per_token=2 * config["n_layer"] * hidden * item_bytes,
-        max_positions=config["n_positions"],
+        kv_bytes_per_token=2 * depth * hidden * item_bytes,
+        max_positions=positions,
     )
