@@ -26,6 +26,12 @@ command -v g++ >/dev/null || missing="$missing g++"
 import pathlib, sys, sysconfig
 sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())
 PY
+# Snakemake's immutables has no wheel for them: it is compiled
+if [ -n "$missing" ] && ! "$python" -c 'import sys; sys.exit(sys.version_info >= (3, 14))'; then
+    echo "set-up: Python 3.14 and newer need a compiler and headers here; install them with: apt-get install$missing;" \
+        "or name another with: make PYTHON=python3.12" >&2
+    exit 1
+fi
 [ -e /usr/include/libaio.h ] || missing="$missing libaio-dev"
 if [ -n "$missing" ]; then
     echo "set-up: without$missing DeepSpeed's disk offload cannot be built, and deepspeed_nvme will be reported as" \

@@ -74,6 +74,15 @@ def test_no_compiler_is_a_notice(tmp_path: Path) -> None:
     assert "deepspeed_nvme will be reported as unsupported" in said.stderr
 
 
+@pytest.mark.parametrize("missing", ["g++", "python3-dev"])
+def test_a_new_python_needs_a_compiler_and_the_headers(missing: str, tmp_path: Path) -> None:
+    new = 'case "$2" in *"3, 14"*) exit 1;; esac; ' + ('[ "$1" = - ] && exit 1' if missing == "python3-dev" else "")
+    said = check(tmp_path, python=real(new), compiler=missing != "g++")
+    assert said.returncode == 1
+    assert said.stderr.count("\n") == 1
+    assert "3.14 and newer need" in said.stderr and f" {missing}" in said.stderr
+
+
 @pytest.mark.skipif(not os.path.exists("/usr/include/libaio.h"), reason="libaio-dev is not installed here")
 def test_nothing_is_said_when_nothing_is_missing(tmp_path: Path) -> None:
     said = check(tmp_path, python=real())
