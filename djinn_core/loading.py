@@ -134,6 +134,7 @@ def load_model(
         chunk_bytes=chunk_bytes,
         granularity_bytes=device.granularity_bytes,
         coded_bound=None if codec is None else codec.bound_bytes,
+        budget_name=f"the device budget of {runtime.budget_bytes:,} bytes",
     )
     total = others.payload_bytes + sum(layout.payload_bytes for layout in layers)
     report = _Progress(progress, total)

@@ -127,8 +127,8 @@ def test_everything_goes_back_at_close():
 
 
 def test_a_budget_below_the_minimum_is_refused_before_any_copy():
-    with Runtime("cpu", budget_bytes=MIB, **HOST) as runtime:
-        with pytest.raises(OutOfDeviceMemory) as caught:
+    with Runtime("cpu", budget_bytes=MIB + 1, **HOST) as runtime:
+        with pytest.raises(OutOfDeviceMemory, match="budget of 1,048,577 bytes") as caught:
             runtime.load(LLAMA, dtype="float32")
         assert caught.value.needed_bytes > caught.value.free_bytes == MIB
         assert runtime.device.copied.h2d_bytes == 0

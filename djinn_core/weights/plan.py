@@ -128,6 +128,7 @@ def make_plan(
     chunk_bytes: int | None = None,
     granularity_bytes: int = 1,
     coded_bound: Callable[[int], int] | None = None,
+    budget_name: str = "its device budget",
 ) -> Plan:
     """The plan for a model of these sizes within `budget_bytes` of device memory.
 
@@ -140,6 +141,7 @@ def make_plan(
             say so, a number says how many.
         chunk_bytes: the largest single copy, at most a slot; by default 64 MiB, or a slot where that is less.
         coded_bound: the most bytes that a layer of so many can take coded; None without coding.
+        budget_name: what the refusal calls the budget.
 
     Raises:
         ConfigError: a setting is out of range, or a chunk is larger than a slot.
@@ -178,7 +180,7 @@ def make_plan(
         smallest = plan(_kept_at_least(resident_layers, depth), slots)
     if chosen is None:
         raise OutOfDeviceMemory(
-            f"the model does not fit its device budget: what must be resident takes {smallest.resident_bytes:,} bytes "
+            f"the model does not fit {budget_name}: what must be resident takes {smallest.resident_bytes:,} bytes "
             f"and a ring of {smallest.slots} slots of {smallest.slot_bytes:,}"
             + (f" and {smallest.landings} landing buffers" if smallest.landings else "")
             + f" takes {smallest.ring_bytes:,}; nothing was copied; raise budget_bytes, lower activation_bytes, or "
