@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from workflow.lib.children import child
+from workflow.lib.identity import code_of
 from workflow.lib.stalelock import remove_stale_locks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,6 +135,14 @@ rule bad:
     log: "bad.log"
     shell: "python -c 'raise SystemExit(chr(115) + chr(97) + chr(100))'" + LOGGED
 """
+
+
+def test_verdicts_and_report_are_made_again_when_code_that_they_import_changes() -> None:
+    command = [sys.executable, "-m", "snakemake", "-n", "--quiet", "host", "--config", "run=cpu", "--forceall", "--"]
+    done = subprocess.run([*command, "claims", "report"], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    for rule in ("claims", "report"):
+        inputs = re.search(rf"rule {rule}:\n +input: (.*)", done.stdout + done.stderr)[1].split(", ")
+        assert {*code_of(rule), "workflow/schemas/claims.schema.json"} <= set(inputs)
 
 
 def test_the_profile_prints_progress_and_errors_and_no_lists(tmp_path: Path) -> None:

@@ -18,14 +18,7 @@ rule claims:
             for name in CLAIMED
             if is_measured(name.split("/")[0])
         ],
-        code=[
-            "workflow/scripts/claims.py",
-            "workflow/lib/claims.py",
-            "workflow/lib/claimfiles.py",
-            "workflow/lib/systems.py",
-            "workflow/lib/yamlfile.py",
-            "workflow/plots/style.py",
-        ],
+        code=code_of("claims"),
     output:
         verdicts=f"results/{RUN}/claims.json",
         table=f"results/{RUN}/claims.md",

@@ -7,6 +7,7 @@ PLOTTING = [
     "workflow/plots/load.py",
     "workflow/lib/results.py",
     "workflow/lib/stats.py",
+    "workflow/lib/systems.py",
 ]
 
 
@@ -36,12 +37,8 @@ rule report:
         results=result_files("streaming", STREAMING_SYSTEMS),
         certificate=f"results/{RUN}/certificate.json",
         claims="config/claims.yaml",
-        code=[
-            "workflow/scripts/report.py",
-            "workflow/lib/claims.py",
-            "workflow/plots/fig5.py",
-            *PLOTTING,
-        ],
+        schema="workflow/schemas/claims.schema.json",
+        code=code_of("report"),
     output:
         text=f"results/{RUN}/streaming/report.md",
         numbers=f"results/{RUN}/streaming/report.csv",
