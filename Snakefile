@@ -7,9 +7,18 @@
 # What is measured is in config/, how it is run is in profiles/. The rules are in workflow/rules/, one file for each
 # experiment; an experiment takes part when its file is there and the preset has a section for it. config/config.yaml is
 # read by workflow/lib/config.py, which says what is wrong in it; Snakemake's own reader would not.
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
 
 min_version("9.20")
+
+if not Path(workflow.basedir).samefile(Path.cwd()):
+    raise WorkflowError(
+        f"the working directory is {Path.cwd()}; paths are relative to the repository: run from its root, "
+        f"{workflow.basedir}, or with --directory {workflow.basedir}"
+    )
 
 
 include: "workflow/rules/common.smk"

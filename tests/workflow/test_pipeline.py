@@ -137,6 +137,13 @@ rule bad:
 """
 
 
+def test_elsewhere_the_pipeline_names_the_repositorys_root(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "-n", "all"]
+    refused = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert refused.returncode != 0
+    assert f"run from its root, {ROOT}" in refused.stdout + refused.stderr
+
+
 def test_verdicts_and_report_are_made_again_when_code_that_they_import_changes() -> None:
     command = [sys.executable, "-m", "snakemake", "-n", "--quiet", "host", "--config", "run=cpu", "--forceall", "--"]
     done = subprocess.run([*command, "claims", "report"], cwd=ROOT, capture_output=True, text=True, timeout=100)
