@@ -4,7 +4,7 @@
 # make lint        style of the code and of the rules
 # make clean       removes what the pipeline and the tests made; .venv and results/published stay
 #
-# PYTHON=python3.12 picks another interpreter, VENV=path another place for the environment.
+# PYTHON=python3.12 picks another interpreter, VENV=path another place for the environment, RUN=cpu a preset by name.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -51,7 +51,7 @@ $(ASYNC_IO): | $(PROJECT)
 	fi
 
 reproduce: setup
-	snakemake --cores $(CORES) all
+	snakemake --cores $(CORES) all $(if $(RUN),--config run=$(RUN))
 	@for table in results/*/claims.md; do echo "$$table: $$(sed -n 3p $$table); figures: paper_figures/"; \
 		sed -n '/--forcerun/p' $$table; done
 

@@ -152,6 +152,14 @@ def test_verdicts_and_report_are_made_again_when_code_that_they_import_changes()
         assert {*code_of(rule), "workflow/schemas/claims.schema.json"} <= set(inputs)
 
 
+def test_make_reproduce_takes_a_preset_by_name() -> None:
+    for run, said in (("cpu", "all --config run=cpu\n"), ("", "all \n")):
+        planned = subprocess.run(
+            ["make", "-n", "reproduce", f"RUN={run}"], cwd=ROOT, capture_output=True, text=True, timeout=100
+        )
+        assert said in planned.stdout, planned.stderr
+
+
 def test_the_profile_prints_progress_and_errors_and_no_lists(tmp_path: Path) -> None:
     common = (ROOT / "workflow" / "rules" / "common.smk").read_text()
     logged = next(line for line in common.splitlines() if line.startswith("LOGGED = "))
