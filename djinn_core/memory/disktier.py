@@ -30,17 +30,16 @@ PIECE_BYTES = 8 << 20  # one read or write, and one step of the checksum
 
 @dataclass(eq=False)
 class DiskBlock:
-    """A block on disk: where it lies, how long it is and its crc32. Valid until it is freed."""
+    """A block on disk: where it lies, how long it is and its crc32. Valid until it is freed.
+
+    `held_bytes` is what it takes of the tier's budget.
+    """
 
     offset: int
     size_bytes: int
+    held_bytes: int
     crc32: int
     freed: bool = False
-
-    @property
-    def held_bytes(self) -> int:
-        """What it takes of the tier's budget."""
-        return max(1, -(-self.size_bytes // UNIT_BYTES)) * UNIT_BYTES
 
 
 class DiskTier:
@@ -108,7 +107,7 @@ class DiskTier:
         except BaseException:
             self._give(offset, size_bytes)
             raise
-        return DiskBlock(offset, size_bytes, crc32)
+        return DiskBlock(offset, size_bytes, self._spans.rounded(size_bytes), crc32)
 
     def read(self, block: DiskBlock, dst: torch.Tensor) -> None:
         """Read a block into a contiguous uint8 host tensor of its size. The block stays.

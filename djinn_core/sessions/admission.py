@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from djinn_core.errors import OutOfDeviceMemory
 from djinn_core.memory.extents import ExtentPool
 from djinn_core.memory.ledger import Kind
-from djinn_core.sessions.blocks import Layout, Stored
+from djinn_core.sessions.blocks import Layout, host_held_bytes
 from djinn_core.sessions.holding import Holding
 from djinn_core.sessions.tiers import Tiers
 
@@ -64,9 +64,5 @@ def admit(layout: Layout, holdings: Iterable[Holding], pool: ExtentPool, tiers: 
 
 def _host_bytes(holdings: list[Holding]) -> int:
     """Host memory that sessions hold now; it counts as theirs."""
-    points = [point for holding in holdings for point in holding.checkpoints]
-    stored: set[Stored] = {block for holding in holdings for block in (*holding.table, *holding.orphans)}
-    stored.update(*(point.table for point in points))
-    stored.update(point.boundary for point in points if point.boundary is not None)
     behind = sum(behind.host_bytes for h in holdings if (behind := h.behind) is not None)
-    return sum(host.held_bytes for each in stored if (host := each.host) is not None) + behind
+    return host_held_bytes(set().union(*(holding.stored for holding in holdings))) + behind

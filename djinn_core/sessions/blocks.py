@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -115,6 +115,11 @@ class Stored:
     def stored_bytes(self) -> int:
         """How much of it survives without the device."""
         return max(self.host_valid_bytes, self.disk_valid_bytes)
+
+
+def host_held_bytes(stored: Iterable[Stored]) -> int:
+    """What they take of the host's budget, one by one."""
+    return sum(host.held_bytes for each in stored if (host := each.host) is not None)
 
 
 class Block(Stored):

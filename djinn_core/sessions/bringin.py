@@ -355,8 +355,6 @@ class BringIn:
             want.extent = extent
         return True
 
-    # maps and copies
-
     def _map(self, layers: list[int]) -> None:
         row = [want for layer in layers for want in self._rows[layer]]
         if row:

@@ -14,7 +14,7 @@ from djinn_core.device.base import Device, Event
 from djinn_core.errors import DeviceError, DjinnError, SessionStateError
 from djinn_core.interrupts import Uninterrupted
 from djinn_core.memory.regions import Region
-from djinn_core.sessions.blocks import Block, BlockTable, Layout
+from djinn_core.sessions.blocks import Block, BlockTable, Layout, Stored
 from djinn_core.sessions.state import SessionState, transition
 
 if TYPE_CHECKING:
@@ -181,6 +181,13 @@ class Holding:
                 row = self.table.blocks[layer]
                 lost += [b for b in row if self.mapped.get(b.offset) is b and b.host_valid_bytes >= b.end_bytes()]
         return lost
+
+    @property
+    def stored(self) -> set[Stored]:
+        """All that it may have off the device: blocks, its checkpoints' too, and their boundaries."""
+        points = list(self.checkpoints)
+        boundaries = [point.boundary for point in points if point.boundary is not None]
+        return {*self.table, *self.orphans, *boundaries}.union(*(point.table for point in points))
 
     @property
     def device_bytes(self) -> int:

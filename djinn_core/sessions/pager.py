@@ -310,8 +310,7 @@ class Pager(Writer):
             holding.wait_issued(cancel=True, interruptible=True)
         with self.lock:
             self.wait_unmoved(holding)
-            if holding.state is SessionState.FAILED and holding.failure is not None:
-                raise refusal(holding.id, holding.state, "resume") from holding.failure
+            self._refuse_failed(holding, "resume")
             if holding.state not in (SessionState.RUNNING, SessionState.RESUMING):  # that one was interrupted
                 holding.go(SessionState.RESUMING, "resume")
             holding.release, holding.renewing = False, True
@@ -430,7 +429,7 @@ class Pager(Writer):
 
     def _refuse_failed(self, holding: Holding, doing: str) -> None:
         if holding.state is SessionState.FAILED:
-            raise refusal(holding.id, holding.state, doing) from holding.trouble
+            raise refusal(holding.id, holding.state, doing) from holding.failure
 
     def wait_until(self, holding: Holding, what: str, timeout_s: float) -> None:
         """Block until the session is clean, released or restored.

@@ -14,7 +14,7 @@ from djinn_core.interrupts import Uninterrupted, act, taken
 from djinn_core.memory.disktier import DiskTier
 from djinn_core.memory.extents import ExtentPool
 from djinn_core.memory.hosttier import HostTier
-from djinn_core.sessions.blocks import Block, Layout, Stored
+from djinn_core.sessions.blocks import Block, Layout, Stored, host_held_bytes
 from djinn_core.sessions.checkpoint import Story
 from djinn_core.sessions.holding import Holding
 from djinn_core.sessions.kvcache import attention_windows, kv_layout, positions_in_table
@@ -175,8 +175,7 @@ class Sessions:
 def _info(holding: Holding, mapped: set[Block], stored: set[Stored]) -> SessionInfo:
     """Its row; `mapped` and `stored` are what older ones have, and then what this one has besides."""
     here = set(holding.mapped.values())
-    has = here.union(holding.table, holding.orphans, *(point.table for point in holding.checkpoints))
-    has |= {point.boundary for point in holding.checkpoints if point.boundary is not None}
+    has = here | holding.stored
     behind = holding.behind.host_bytes if holding.behind is not None else 0
     stale = sum(extent.size_bytes for extent in holding.stale.values())
     info = SessionInfo(
@@ -187,11 +186,11 @@ def _info(holding: Holding, mapped: set[Block], stored: set[Stored]) -> SessionI
         batch_size=holding.layout.batch_size,
         checkpoints=len(holding.checkpoints),
         device_bytes=_on_device(here) + stale,
-        host_bytes=_on_host(has) + behind,
+        host_bytes=host_held_bytes(has) + behind,
         disk_bytes=_on_disk(has),
         dirty_bytes=sum(max(0, block.end_bytes() - block.host_valid_bytes) for block in here),
         shared_device_bytes=_on_device(here & mapped),
-        shared_host_bytes=_on_host(has & stored),
+        shared_host_bytes=host_held_bytes(has & stored),
         shared_disk_bytes=_on_disk(has & stored),
     )
     mapped |= here
@@ -201,10 +200,6 @@ def _info(holding: Holding, mapped: set[Block], stored: set[Stored]) -> SessionI
 
 def _on_device(blocks: set[Block]) -> int:
     return sum(block.size_bytes for block in blocks)
-
-
-def _on_host(stored: set[Stored]) -> int:
-    return sum(host.held_bytes for each in stored if (host := each.host) is not None)
 
 
 def _on_disk(stored: set[Stored]) -> int:

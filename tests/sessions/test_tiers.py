@@ -125,8 +125,9 @@ def test_a_disk_that_returns_other_bytes_fails_the_session(make_rig: MakeRig) ->
         victim.prefetch,
         *(partial(victim.wait_until, what, 10) for what in ("clean", "released", "restored")),
     ):
-        with pytest.raises(SessionStateError, match="a part of its state was lost"):
+        with pytest.raises(SessionStateError, match="a part of its state was lost") as refused:
             wait()
+        assert isinstance(refused.value.__cause__, IntegrityError)
     healthy = next(s for s in sessions if s is not victim)
     healthy.resume()
     healthy.forward(torch.tensor([[5]]))
