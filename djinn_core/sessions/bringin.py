@@ -54,6 +54,7 @@ class BringIn:
         by_pass: the pass maps its layers, one by one, as it comes to them.
         followed: a pass relies on it for all that it needs.
         done: nothing more will be issued; `error` says why, if it failed.
+        marks: (what had been done, when) by the thread that resumes, in order.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class BringIn:
         self.bytes = 0
         self.done = self.cancelled = self.by_pass = self.followed = False
         self.error: DjinnError | None = None
+        self.marks: list[tuple[str, float]] = []
         self.wanted_s = time.perf_counter()
         self.begun_s = self.ended_s = 0.0
         self._expected_s = holding.expected_resume_s or time.monotonic()

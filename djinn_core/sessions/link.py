@@ -74,8 +74,10 @@ class Link:
             self._stages[job] = Stage.WAITING  # the workers need not wake for it
         try:
             if prepared := job.prepare(wait=False):
+                job.marks.append(("memory held", time.perf_counter()))
                 alone = self._serves_nobody()
                 self._step(job)
+                job.marks.append(("first step issued", time.perf_counter()))
                 if alone and job.left:
                     self._step(job)
         except BaseException as error:

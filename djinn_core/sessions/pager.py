@@ -313,6 +313,8 @@ class Pager(Writer):
             self._refuse_failed(holding, "resume")
             if holding.state not in (SessionState.RUNNING, SessionState.RESUMING):  # that one was interrupted
                 holding.go(SessionState.RESUMING, "resume")
+                if holding.expected_resume_s is None:
+                    self.pauses.ended(time.monotonic() - holding.last_use_s)
             holding.release, holding.renewing = False, True
         try:
             self._forget(holding)

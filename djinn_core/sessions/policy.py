@@ -21,6 +21,7 @@ class Candidate:
         clean: its write-back is complete, so leaving is an unmap.
         last_use_s: when it was last run, on the clock of `now_s`.
         expected_resume_s: when its owner said that it would go on, on the same clock; None when nothing was said.
+        guessed_resume_s: when it would, going by how long others' pauses have been lately, on the same clock.
     """
 
     session: str
@@ -28,6 +29,7 @@ class Candidate:
     clean: bool
     last_use_s: float
     expected_resume_s: float | None
+    guessed_resume_s: float
 
 
 class Policy(Protocol):
@@ -39,9 +41,9 @@ class Policy(Protocol):
 class ExpectedLast:
     """The session that is expected back last goes first (Belady's rule, with a guess for the future).
 
-    Without a hint a session is expected after as long again as it has been idle, so that the least recently used one
-    goes first. Clean sessions go before dirty ones: an unmap costs microseconds, a write-back the link's time. Those
-    expected within `soon_s` go last of all, clean or not: they would have to come straight back.
+    Without a hint the pager's guess counts. Clean sessions go before dirty ones: an unmap costs microseconds, a
+    write-back the link's time. Those whose owners expect them within `soon_s` go last of all, clean or not: they would
+    have to come straight back.
     """
 
     def __init__(self, soon_s: float = 0.5) -> None:
@@ -50,17 +52,13 @@ class ExpectedLast:
     def choose(self, candidates: Sequence[Candidate], needed_bytes: int, now_s: float) -> Sequence[str]:
         """The sessions to evict, in order: enough of them for `needed_bytes`, or all when that is not enough."""
 
-        def away_s(candidate: Candidate) -> float:
-            if candidate.expected_resume_s is not None:
-                return candidate.expected_resume_s - now_s
-            return now_s - candidate.last_use_s
-
         def rank(candidate: Candidate) -> tuple[bool, bool, float, int, str]:
-            soon = candidate.expected_resume_s is not None and away_s(candidate) < self.soon_s
+            hint_s, guess_s = candidate.expected_resume_s, candidate.guessed_resume_s
+            soon = hint_s is not None and hint_s - now_s < self.soon_s
             return (
                 soon,
                 not soon and not candidate.clean,
-                -away_s(candidate),
+                -(guess_s if hint_s is None else hint_s),
                 -candidate.device_bytes,
                 candidate.session,
             )

@@ -25,6 +25,7 @@ from djinn_core.memory.ledger import Kind
 from djinn_core.sessions.blocks import Block
 from djinn_core.sessions.holding import Holding
 from djinn_core.sessions.pagerevents import EVENTS_KEPT, PagerEvent
+from djinn_core.sessions.pauses import Pauses
 from djinn_core.sessions.policy import Candidate, ExpectedLast, Policy
 from djinn_core.sessions.staging import Staging
 from djinn_core.sessions.state import SessionState
@@ -47,6 +48,7 @@ class Room:
         d2h_behind: the stream of what passes write behind themselves, which waits for their layers.
         h2d_first: the stream of what a resume cannot begin without, beside what `h2d` has in flight.
         way: for who resumes, up to where its bring-in has begun; passes and workers give it.
+        pauses: how long those have been that ended lately.
         saving: held by the one session that is being saved; it needs all of its state on the host at once.
         events: what happened, oldest first, bounded.
     """
@@ -62,6 +64,7 @@ class Room:
         self.ending = False  # everything is being closed: nobody wants anything
         self.holdings: dict[str, Holding] = {}
         self.way = Way()
+        self.pauses = Pauses()
         self.tiers = Tiers(self, host, disk)
         self.staging = Staging(device, pool, self.acquire_one)
         self.h2d = device.stream()
@@ -413,6 +416,16 @@ class Room:
         there = sum(candidate.device_bytes for candidate in self._candidates(None, limit_s, set()))
         return self.pool.free_bytes + there >= needed_bytes
 
+    def guessed_s(self, holding: Holding) -> float:
+        """When it will be resumed, on the clock of `time.monotonic`, by how long pauses have been lately."""
+        now_s = time.monotonic()
+        return now_s + self.pauses.left_s(now_s - holding.last_use_s)
+
+    def expected_s(self, holding: Holding) -> float:
+        """When it will be resumed: as its owner said, else a guess."""
+        hint_s = holding.expected_resume_s
+        return self.guessed_s(holding) if hint_s is None else hint_s
+
     def _choose(self, candidates: Sequence[Candidate], needed_bytes: int) -> Sequence[str]:
         """The policy's order, of those that could leave.
 
@@ -455,7 +468,7 @@ class Room:
             ]
             sizes = [h.seems_to_free() for h in able]
         return [
-            Candidate(h.id, size_bytes, h.seems_clean(), h.last_use_s, h.expected_resume_s)
+            Candidate(h.id, size_bytes, h.seems_clean(), h.last_use_s, h.expected_resume_s, self.guessed_s(h))
             for h, size_bytes in zip(able, sizes, strict=True)
         ]
 

@@ -3,11 +3,13 @@
 Invariant: the host copy of anything is given up only after the disk copy that replaces it is complete with its checksum
 (two phases), or while the device holds the same bytes and nobody is about to take them from there. Room is made in this
 order: what passes have written behind themselves and nobody counts on yet; host copies that a running session's device
-memory repeats, which cost nothing to drop either; then what is off the device goes to disk: sessions, the one expected
-last first, and then what others have off it, as checkpoints. Who must have room (a resume, an eviction) and still has
-none takes the host copies of paused sessions that are on the device, the one expected soonest first: they are dirty
-again, and would be written back before they leave. A write-back that nobody waits for does not go that far, or two of
-them could take the room from each other for ever. When no room can be made, the caller gets the numbers.
+memory repeats, which cost nothing to drop, but a whole write-back when it pauses; then what is off the device goes to
+disk: sessions, the one expected last first, and then what others have off it, as checkpoints. Who must have room (a
+resume, an eviction) and still has none takes the host copies of paused sessions that are on the device, the one
+expected soonest first: they are dirty again, and would be written back before they leave. A write-back that nobody
+waits for does not go that far, or two of them could take the room from each other for ever; and it takes nobody's copy
+while all sessions fit on the device, or each pause would copy a whole session that nobody needs off it. When no room
+can be made, the caller gets the numbers.
 """
 
 from __future__ import annotations
@@ -191,7 +193,8 @@ class Tiers:
 
     def _sources(self, optional: bool) -> Iterator[int]:
         """Give up host copies one by one, in the order of the file's head; the bytes that each one freed."""
-        yield from self._repeated(SessionState.RUNNING)
+        if not optional or self._some_swapped():
+            yield from self._repeated(SessionState.RUNNING)
         for holding in self._away():
             for stored in self._stored_of(holding):
                 yield self._spill(holding, stored)
@@ -204,7 +207,7 @@ class Tiers:
             here = [h for h in self._pager.holdings.values() if h.state is state and h.mapped]
             blocks = [
                 block
-                for holding in sorted(here, key=_expected_s)
+                for holding in sorted(here, key=self._pager.expected_s)
                 for block in holding.mapped.values()
                 if block.host is not None
             ]
@@ -263,6 +266,11 @@ class Tiers:
             with self._pager.lock:
                 holding.seeking -= 1
 
+    def _some_swapped(self) -> bool:
+        """The device has not room for everyone."""
+        with self._pager.lock:
+            return any(holding.state is SessionState.SWAPPED for holding in self._pager.holdings.values())
+
     def _away(self) -> list[Holding]:
         """Sessions off the device, the one expected last first; then the others, parts of which may be off it.
 
@@ -272,8 +280,8 @@ class Tiers:
         with self._pager.lock:
             away = [h for h in self._pager.holdings.values() if h.state in off]
             others = [h for h in self._pager.holdings.values() if h.state not in off]
-        away.sort(key=lambda h: (not h.jobs, _expected_s(h)), reverse=True)
-        return [*away, *sorted(others, key=_expected_s, reverse=True)]
+        away.sort(key=lambda h: (not h.jobs, self._pager.expected_s(h)), reverse=True)
+        return [*away, *sorted(others, key=self._pager.expected_s, reverse=True)]
 
     def _stored_of(self, holding: Holding) -> Iterator[Stored]:
         with self._pager.lock:
@@ -320,10 +328,3 @@ class Tiers:
         if isinstance(stored, Block):
             return not (stored.places or stored.loading or stored.copying_bytes or stored.readers)
         return not stored.readers and stored.settled
-
-
-def _expected_s(holding: Holding) -> float:
-    """When it is expected back: as its owner said, else after as long again as it has been idle."""
-    if holding.expected_resume_s is not None:
-        return holding.expected_resume_s
-    return 2 * time.monotonic() - holding.last_use_s

@@ -43,6 +43,7 @@ class Trace:
     def brought(self, job: BringIn | None, jobs: Sequence[BringIn], first_layer: int) -> None:
         """`resume` needed `job`, and the pass that begins at `first_layer` waits for all `jobs`."""
         self.job, self.found_resident = job, job is None
+        self.marks += [] if job is None else job.marks
         self._jobs, self._first_layer = tuple(jobs), first_layer
 
     @property

@@ -301,7 +301,7 @@ def test_a_policy_that_names_who_has_left_ends_nobodys_wait_for_ever(make_rig: M
 
 def test_the_default_policy() -> None:
     def candidate(name: str, clean: bool = True, last: float = 0.0, expected: float | None = None) -> Candidate:
-        return Candidate(name, 10, clean, last, expected)
+        return Candidate(name, 10, clean, last, expected, guessed_resume_s=200.0 - last)
 
     choose = ExpectedLast().choose
     soon, late = candidate("soon", expected=100.5), candidate("late", expected=500.0)

@@ -265,3 +265,26 @@ def test_what_a_running_session_has_off_the_device_makes_room_on_the_host(make_r
     session.pause()
     session.resume()
     assert torch.equal(session.forward(ids), wanted)
+
+
+def test_while_everyone_fits_a_pause_copies_what_is_new_and_no_more(make_rig: MakeRig) -> None:
+    """The host has room for one of two: who pauses does not take it from who runs, who would copy all of it again."""
+    rig = make_rig(host_bytes=3 * SESSION_BYTES // 2)
+    one, other = rig.open(), rig.open()
+
+    def pause(session: Session) -> int:
+        before = rig.device.copied.d2h_bytes
+        session.pause()
+        wait_for(lambda: not session._holding.queued)
+        return rig.device.copied.d2h_bytes - before
+
+    one.forward(prompt())
+    whole = pause(one)
+    other.forward(prompt(seed=2))
+    for _ in range(3):
+        one.resume()
+        pause(other)
+        assert not other._holding.is_clean()
+        other.resume()
+        one.forward(torch.tensor([[1]]))
+        assert 0 < pause(one) < whole and one._holding.is_clean()

@@ -43,6 +43,19 @@ def test_behind_the_last_layer_only_the_boundary_counts(rig: Rig) -> None:
     assert not session.trace.found_resident and session.trace.gates == (session.trace.ready,)
 
 
+def test_the_spans_of_a_resume_add_up(rig: Rig) -> None:
+    session = stopped_in_a_decode(rig, 2)
+    session.pause(release=True)
+    session.wait_until("released", 10)
+    session.resume()
+    spans = session.trace.spans
+    names = ["boundary issued", "lineage", "memory held", "first step issued", "bring-in begun", "pass issued"]
+    assert [what for what, _ in spans] == names
+    assert all(ms >= 0 for _, ms in spans)
+    whole_ms = (session.trace.marks[-1][1] - session.trace.begun_s) * 1e3
+    assert abs(sum(ms for _, ms in spans) - whole_ms) < 1e-6
+
+
 def test_a_trace_keeps_its_own_events(rig: Rig) -> None:
     session = stopped_in_a_decode(rig, 2)
     point = session.stopped
