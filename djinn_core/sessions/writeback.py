@@ -2,8 +2,9 @@
 
 Invariant: a block's host copy counts (`host_valid_bytes`) only when the copy's event is complete and nothing of what it
 read was overwritten meanwhile. KV only grows, so a second pause writes only what is new. All copies are issued at once,
-since gaps between copies are the whole loss; then they are taken in group by group, and whoever gives the memory up
-unmaps each group while the later ones are still on their way.
+since gaps between copies are the whole loss, but for way given to who resumes, whose calls the driver makes wait; then
+they are taken in group by group, and whoever gives the memory up unmaps each group while the later ones are still on
+their way.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def _issue(
     """Issue what the host has room for, `begun` before and an event behind each group; why it was not all."""
     memory = holding.region.tensor
     copies: list[Copy] = []
-    size_bytes, full = 0, None
+    size_bytes, full, until_s = 0, None, room.way.until_s()
     for copy in todo:
         block, begin, end, _ = copy
         try:
@@ -138,6 +139,8 @@ def _issue(
         except CapacityError as error:
             full = error
             break
+        if groups and not copies:
+            room.way.give(until_s)
         copies.append(copy)
         size_bytes += end - begin
         if size_bytes >= GROUP_BYTES:
