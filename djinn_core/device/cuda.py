@@ -323,6 +323,7 @@ class CudaDevice(Device):
         stream: Stream,
         direction: Direction,
         piece_bytes: int,
+        begun: Event | None,
     ) -> None:
         pieces = []
         for dst, src in copies:
@@ -332,19 +333,24 @@ class CudaDevice(Device):
                 pieces.append((to + at, there + at, min(piece_bytes, size_bytes - at)))
         on = stream.cuda_stream
         if self._calls is self._held or not self._takes_batches:
+            if begun is not None:
+                begun.record(stream)
             for to, there, size_bytes in pieces:
                 self._copy(to, there, size_bytes, on)
                 self._count(direction, size_bytes)
         elif pieces:
-            self._batch(pieces, on)
+            self._batch(pieces, stream, begun)
             self._count(direction, sum(size_bytes for _, _, size_bytes in pieces))
 
-    def _batch(self, pieces: Sequence[tuple[int, int, int]], stream: int) -> None:
+    def _batch(self, pieces: Sequence[tuple[int, int, int]], stream: Stream, begun: Event | None) -> None:
         self._enter()
         targets = [driver.CUdeviceptr(to) for to, _, _ in pieces]
         sources = [driver.CUdeviceptr(there) for _, there, _ in pieces]
         sizes = [size_bytes for _, _, size_bytes in pieces]
-        code = driver.cuMemcpyBatchAsync(targets, sources, sizes, len(sizes), self._in_stream_order, [0], 1, stream)[0]
+        how, on = self._in_stream_order, stream.cuda_stream
+        if begun is not None:
+            begun.record(stream)
+        code = driver.cuMemcpyBatchAsync(targets, sources, sizes, len(sizes), how, [0], 1, on)[0]
         if code:
             what = f"{len(sizes)} copies of {sum(sizes):,} bytes"
             raise TransferError(f"{describe('cuMemcpyBatchAsync', code)} for {what}; nothing was copied")

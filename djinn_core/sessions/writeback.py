@@ -157,9 +157,7 @@ def _issue_group(room: Room, memory: torch.Tensor, groups: list[Group], copies: 
         (block.host.tensor[begin:end], memory[block.offset + begin : block.offset + end])
         for block, begin, end, _ in copies
     ]
-    if not groups:
-        begun.record(room.d2h)
-    room.device.copy_all(pairs, room.d2h, Direction.D2H)
+    room.device.copy_all(pairs, room.d2h, Direction.D2H, begun=None if groups else begun)
     event = room.device.event(blocking=True)
     event.record(room.d2h)
     groups.append((copies, event))

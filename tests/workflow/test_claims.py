@@ -13,6 +13,7 @@ import yaml
 from tests.workflow.synthetic import Maker
 from workflow.lib.claimfiles import input_files
 from workflow.lib.claims import FAIL, INCONCLUSIVE, NOT_RUN, OTHER_HARDWARE, PASS
+from workflow.lib.limits import DRIFTED
 from workflow.lib.results import ResultError, validate
 from workflow.lib.systems import SYSTEMS
 from workflow.scripts import claims
@@ -202,6 +203,23 @@ def test_a_broken_gate_fails_even_though_the_result_is_failed(run: Maker):
 def test_a_peer_without_numbers_is_no_victory(run: Maker, status: str, verdict: str):
     run.streaming(failing={"deepspeed_cpu": (status, "as the test wants")})
     assert judged(run, "streaming-vs-deepspeed").verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("reason", "unit", "verdict"),
+    [
+        (f"{DRIFTED}: bidirectional_gbps by 2.4%", "sessions", PASS),
+        (f"{DRIFTED}: bidirectional_gbps by 2.4%", "s", INCONCLUSIVE),
+        ("another process used the GPU", "sessions", INCONCLUSIVE),
+    ],
+)
+def test_what_is_counted_does_not_hang_on_the_links_rate(run: Maker, reason: str, unit: str, verdict: str):
+    result = run.result("pressure", "djinn")
+    result.sample("completed_sessions", 50.0, unit, method="djinn", seed=0)
+    result.config["sessions"] = 50
+    result.fail("inconclusive", reason)
+    run.write(result)
+    assert judged(run, "pressure-all-complete").verdict == verdict
 
 
 def test_other_code_or_another_machine_is_not_compared(run: Maker):

@@ -339,4 +339,4 @@ def judge(result: Result) -> None:
     if link["drift_decides"] and drifted:
         by = ", ".join(f"{name} by {share:.1%}" for name, share in drifted.items())
         allowed = f"{link['drift_allowed']:.0%} is allowed"
-        result.fail("inconclusive", f"the link drifted around the measurement: {by}; {allowed}")
+        result.fail("inconclusive", f"{limits.DRIFTED}: {by}; {allowed}")
