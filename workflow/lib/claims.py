@@ -147,7 +147,7 @@ class Evaluator:
         key = repr((node["system"], node["metric"], node.get("where")))
         if key not in self.selected:
             found = self.file(node["system"]).select(node["metric"], node.get("where"))
-            self.measured(node["system"], counted=0 < len(found) and set(found["unit"]) <= COUNTED)
+            self.measured(node["system"], counted=len(found) > 0 and set(found["unit"]) <= COUNTED)
             self.selected[key] = found
         return self.selected[key]
 
