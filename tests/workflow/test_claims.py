@@ -13,8 +13,7 @@ import yaml
 from tests.workflow.synthetic import Maker
 from workflow.lib.claimfiles import input_files
 from workflow.lib.claims import FAIL, INCONCLUSIVE, NOT_RUN, OTHER_HARDWARE, PASS
-from workflow.lib.limits import DRIFTED
-from workflow.lib.results import ResultError, validate
+from workflow.lib.results import DRIFTED, ResultError, validate
 from workflow.lib.systems import SYSTEMS
 from workflow.scripts import claims
 

@@ -21,8 +21,7 @@ import numpy as np
 import pandas as pd
 
 from workflow.lib.claimfiles import cases_of, files_of, filled, systems_of
-from workflow.lib.limits import DRIFTED
-from workflow.lib.results import NOT_APPLICABLE, ResultError, assert_comparable
+from workflow.lib.results import DRIFTED, NOT_APPLICABLE, ResultError, assert_comparable
 from workflow.lib.stats import seed_of
 from workflow.plots.load import Certificate, ResultFile, read
 

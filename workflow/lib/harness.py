@@ -34,7 +34,7 @@ from workflow.lib.config import SettingsError, load_config, section
 from workflow.lib.gpulock import LockError, gpu_lock
 from workflow.lib.memory import MemorySampler
 from workflow.lib.progress import Progress
-from workflow.lib.results import NotWritten, Result, writing
+from workflow.lib.results import DRIFTED, NotWritten, Result, writing
 
 log = logging.getLogger("djinn.experiment")
 Measure = Callable[[str, dict[str, Any]], dict[str, float | None]]
@@ -339,4 +339,4 @@ def judge(result: Result) -> None:
     if link["drift_decides"] and drifted:
         by = ", ".join(f"{name} by {share:.1%}" for name, share in drifted.items())
         allowed = f"{link['drift_allowed']:.0%} is allowed"
-        result.fail("inconclusive", f"{limits.DRIFTED}: {by}; {allowed}")
+        result.fail("inconclusive", f"{DRIFTED}: {by}; {allowed}")

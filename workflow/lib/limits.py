@@ -17,7 +17,6 @@ RATES_USED = {
 # Systems that use less: these hold what fits and bring nothing back, so the link never works both ways for them.
 # A reference says what is right, and nothing of it is a time.
 ONE_WAY = {("pressure", "eager"), ("pressure", "djinn_uncapped")}
-DRIFTED = "the link drifted around the measurement"  # so begins the reason of a result whose only fault it is
 
 
 def measure(device: str, machine_settings: dict[str, Any]) -> dict[str, float | None]:

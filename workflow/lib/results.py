@@ -26,6 +26,7 @@ from workflow.lib.stats import summarise
 SCHEMA = "djinn-result/1"
 SCHEMAS = Path(__file__).resolve().parents[1] / "schemas"
 NOT_APPLICABLE = "not_applicable"
+DRIFTED = "the link drifted around the measurement"  # so begins the reason of a result whose only fault it is
 # from best to worst: an outcome is never replaced by a better one
 STATUSES = ("ok", "inconclusive", "unsupported", "out_of_memory", "failed")
 SAMPLE_FIELDS = frozenset({"metric", "value", "unit", "warmup"})
