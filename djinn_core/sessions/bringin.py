@@ -48,7 +48,7 @@ class BringIn:
     Attributes:
         issued: for each layer 1 once the pass may go on to it.
         arrival: for each layer the timing event behind its step's copies, None when there is nothing to wait for.
-        begun, restored: timing events around the copies.
+        begun, restored: timing events around the copies from the host; there may be none.
         bytes: copied so far.
         cancelled: nothing more is wanted of it; it ends before its next step.
         by_pass: the pass maps its layers, one by one, as it comes to them.
@@ -271,7 +271,7 @@ class BringIn:
         self.error = error
         self.ended_s = time.perf_counter()
         try:
-            if error is None and any(self.arrival):
+            if error is None and self.bytes:
                 copies = (self.begun, self._last)
                 self._pager.log(self.holding, "swap_in", self.bytes, self.ended_s - self.begun_s, copies)
             self._pager.ended(self)
@@ -384,8 +384,6 @@ class BringIn:
         if not row:
             return None
         arrival = None
-        if not any(self.arrival):
-            self.begun.record(stream)
         try:
             copied = self._fill(row, stream)
             shared = [want for want in row if want.extent is None and want.block.ready is not None]
@@ -427,7 +425,8 @@ class BringIn:
                 pairs.append((memory[block.offset : block.offset + size_bytes], there.tensor[:size_bytes]))
         if pairs:
             later = stream is self._pager.h2d  # a resume's first layer goes first
-            device.copy_all(pairs, stream, Direction.H2D, piece_bytes=PIECE_BYTES, gives_way=later)
+            begun = None if self.bytes else self.begun
+            device.copy_all(pairs, stream, Direction.H2D, piece_bytes=PIECE_BYTES, gives_way=later, begun=begun)
         return sum(dst.numel() for dst, _ in pairs)
 
     def _borrow(self, want: Want, stream: Stream) -> None:
