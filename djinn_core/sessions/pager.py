@@ -263,6 +263,7 @@ class Pager(Writer):
             now_s = time.monotonic()
             holding.expected_resume_s = None if expected_resume_s is None else now_s + expected_resume_s
             holding.last_use_s = now_s
+            holding.paused_s = now_s if expected_resume_s is None else None
             holding.release, holding.prefetch_failed = release, False
             self._want(holding)
             holding.trouble, holding.needed = None, False
@@ -313,8 +314,9 @@ class Pager(Writer):
             self._refuse_failed(holding, "resume")
             if holding.state not in (SessionState.RUNNING, SessionState.RESUMING):  # that one was interrupted
                 holding.go(SessionState.RESUMING, "resume")
-                if holding.expected_resume_s is None:
-                    self.pauses.ended(time.monotonic() - holding.last_use_s)
+                if holding.paused_s is not None:
+                    self.pauses.ended(time.monotonic() - holding.paused_s)
+                    holding.paused_s = None
             holding.release, holding.renewing = False, True
         try:
             self._forget(holding)

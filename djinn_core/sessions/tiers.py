@@ -8,8 +8,8 @@ disk: sessions, the one expected last first, and then what others have off it, a
 resume, an eviction) and still has none takes the host copies of paused sessions that are on the device, the one
 expected soonest first: they are dirty again, and would be written back before they leave. A write-back that nobody
 waits for does not go that far, or two of them could take the room from each other for ever; and it takes nobody's copy
-while all sessions fit on the device, or each pause would copy a whole session that nobody needs off it. When no room
-can be made, the caller gets the numbers.
+while all sessions fit on the device, and one more would, or each pause would copy a whole session that nobody needs off
+it. When no room can be made, the caller gets the numbers.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Tiers:
                 full = error
             if self._give_up_spare():
                 continue
-            disk_full = self._make_room(size_bytes, optional)
+            disk_full = self._make_room(size_bytes, owner, optional)
             if disk_full is None:
                 continue
             if optional or not self.wait_for_transfers(owner, give_up_s):
@@ -171,14 +171,14 @@ class Tiers:
 
     # making room on the host
 
-    def _make_room(self, size_bytes: int, optional: bool) -> OutOfDisk | DeviceError | None:
+    def _make_room(self, size_bytes: int, owner: str, optional: bool) -> OutOfDisk | DeviceError | None:
         """Free about `size_bytes` of the host, or less; why not when nothing can be freed."""
         freed = 0
         reason: OutOfDisk | DeviceError = OutOfDisk(
             "no session is off the device", needed_bytes=size_bytes, free_bytes=self.disk_free_bytes
         )
         try:
-            for freed_bytes in self._sources(optional):
+            for freed_bytes in self._sources(owner, optional):
                 freed += freed_bytes
                 if freed >= size_bytes:
                     break
@@ -191,9 +191,9 @@ class Tiers:
                         break
         return None if freed else reason
 
-    def _sources(self, optional: bool) -> Iterator[int]:
+    def _sources(self, owner: str, optional: bool) -> Iterator[int]:
         """Give up host copies one by one, in the order of the file's head; the bytes that each one freed."""
-        if not optional or self._some_swapped():
+        if not optional or self._device_is_full(owner):
             yield from self._repeated(SessionState.RUNNING)
         for holding in self._away():
             for stored in self._stored_of(holding):
@@ -266,10 +266,14 @@ class Tiers:
             with self._pager.lock:
                 holding.seeking -= 1
 
-    def _some_swapped(self) -> bool:
-        """The device has not room for everyone."""
-        with self._pager.lock:
-            return any(holding.state is SessionState.SWAPPED for holding in self._pager.holdings.values())
+    def _device_is_full(self, owner: str) -> bool:
+        """It has not room for everyone, or would not have it for one more session like `owner`."""
+        pager = self._pager
+        with pager.lock:
+            holding = pager.holdings.get(owner)
+            size_bytes = 0 if holding is None else holding.layout.total_bytes
+            away = any(each.state is SessionState.SWAPPED for each in pager.holdings.values())
+        return away or pager.pool.free_bytes < size_bytes
 
     def _away(self) -> list[Holding]:
         """Sessions off the device, the one expected last first; then the others, parts of which may be off it.

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from djinn_core.errors import OutOfDeviceMemory
 from djinn_core.sessions import Candidate, Policy
 from djinn_core.sessions.pauses import KEPT, LEAST, Pauses
 from djinn_core.sessions.state import SessionState
@@ -67,6 +68,31 @@ def test_only_pauses_without_a_hint_count(make_rig: MakeRig) -> None:
         session.pause(expected_resume_s=hint_s)
         session.resume()
     assert len(told) == 2 and all(0 <= length < 1 for length in told)
+    fork = session.fork()
+    fork.resume()  # it was never paused by anyone
+    assert len(told) == 2
+
+
+def test_a_resume_that_is_tried_again_ended_one_pause(make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig, told = make_rig(), []
+    session, pager = rig.open(), rig.sessions.pager
+    session.forward(prompt())
+    session.pause(release=True)
+    session.wait_until("released", 10)
+    monkeypatch.setattr(pager.pauses, "ended", told.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(pager.pool, "acquire_all", raising_full)
+        for _ in range(3):
+            with pytest.raises(OutOfDeviceMemory):
+                session.resume()
+                session.forward(prompt(tokens=1))
+    session.resume()
+    session.forward(prompt(tokens=1))
+    assert len(told) == 1
+
+
+def raising_full(*_: object, **__: object) -> None:
+    raise OutOfDeviceMemory("refused", needed_bytes=1, free_bytes=0)
 
 
 class LeastRecentlyUsed:

@@ -288,3 +288,20 @@ def test_while_everyone_fits_a_pause_copies_what_is_new_and_no_more(make_rig: Ma
         other.resume()
         one.forward(torch.tensor([[1]]))
         assert 0 < pause(one) < whole and one._holding.is_clean()
+
+
+def test_where_one_more_would_not_fit_a_paused_session_is_clean_before_someone_needs_its_place(
+    make_rig: MakeRig,
+) -> None:
+    """The host has room for one of two, and the device for no third one: who runs cannot leave, so its copy goes."""
+    rig = make_rig(device_bytes=3 * SESSION_BYTES, host_bytes=3 * SESSION_BYTES // 2)
+    one, other = rig.open(), rig.open()
+    one.forward(prompt())
+    one.pause()
+    one.wait_until("clean", 10)
+    other.forward(prompt(seed=2))
+    assert rig.pool.free_bytes < SESSION_BYTES
+    one.resume()
+    other.pause()
+    wait_for(lambda: not other._holding.queued)
+    assert other._holding.is_clean()
