@@ -267,13 +267,14 @@ class Tiers:
                 holding.seeking -= 1
 
     def _device_is_full(self, owner: str) -> bool:
-        """It has not room for everyone, or would not have it for one more session like `owner`."""
+        """It has not room for all who are off it, and one more like `owner`."""
         pager = self._pager
         with pager.lock:
-            holding = pager.holdings.get(owner)
-            size_bytes = 0 if holding is None else holding.layout.total_bytes
-            away = any(each.state is SessionState.SWAPPED for each in pager.holdings.values())
-        return away or pager.pool.free_bytes < size_bytes
+            wanted_bytes = pager.holdings[owner].layout.total_bytes if owner in pager.holdings else 0
+            for holding in pager.holdings.values():
+                if holding.state is SessionState.SWAPPED:
+                    wanted_bytes += holding.seems_to_miss()
+        return pager.pool.free_bytes < wanted_bytes
 
     def _away(self) -> list[Holding]:
         """Sessions off the device, the one expected last first; then the others, parts of which may be off it.

@@ -2,9 +2,9 @@
 
 Invariant: a block's host copy counts (`host_valid_bytes`) only when the copy's event is complete and nothing of what it
 read was overwritten meanwhile. KV only grows, so a second pause writes only what is new. All copies are issued at once,
-since gaps between copies are the whole loss, but for way given to who resumes, whose calls the driver makes wait; then
-they are taken in group by group, and whoever gives the memory up unmaps each group while the later ones are still on
-their way.
+since gaps between copies are the whole loss, but for way given to who resumes and needs the interpreter and the driver;
+then they are taken in group by group, and whoever gives the memory up unmaps each group while the later ones are still
+on their way.
 """
 
 from __future__ import annotations

@@ -57,6 +57,8 @@ def test_all_three_tiers(make_rig: MakeRig) -> None:
     run_all(rig, 24)
     kinds = {event.event for event in rig.sessions.pager.events}
     assert {"swap_in", "swap_out", "evict", "disk_write", "disk_read"} <= kinds
+    swaps = [event.copies for event in rig.sessions.pager.events if event.event in ("swap_in", "swap_out")]
+    assert all(begin.elapsed_time(end) > 0 for begin, end in swaps)
 
 
 def test_admission_names_every_tier(make_rig: MakeRig) -> None:
@@ -377,7 +379,7 @@ def test_a_resume_takes_the_host_copies_of_sessions_that_stay_on_the_device(make
     for seed in range(1, 6):
         session = rig.open()
         session.forward(prompt(seed=seed))
-        session.pause(expected_resume_s=10.0 * seed)
+        session.pause(expected_resume_s=10.0 * (6 - seed))
         session.wait_until("clean", 10)
         resident.append(session)
     assert all(candidate.clean for candidate in pager._candidates(None, None, set()))
@@ -386,7 +388,7 @@ def test_a_resume_takes_the_host_copies_of_sessions_that_stay_on_the_device(make
     wanted = oracle.greedy(first, 1)[0]
     assert torch.equal(away.forward(first.float().argmax(-1)[:, None]), wanted)
     dirty = [session for session in resident if not session._holding.is_clean()]
-    assert dirty == resident[:1], "the one expected soonest is taken from, and no other"
+    assert dirty == resident[-1:], "the one expected soonest is taken from, and no other"
     seen = {candidate.session: candidate.clean for candidate in pager._candidates(None, None, set())}
     assert seen == {session.id: session not in dirty for session in resident}, "a policy is told so"
     dirty[0].wait_until("clean", 10)  # whoever waits has it written back again

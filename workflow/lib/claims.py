@@ -44,7 +44,7 @@ STATS = {
     "max": lambda values: np.max(values, axis=-1),
 }
 EXTREMES = ("min", "max")
-COUNTED = {"sessions", "tokens", "share", "bytes", "bytes/session"}  # units of what no link's speed changes
+COUNTED = {"sessions", "bytes", "bytes/session"}  # units of what no link's speed changes
 RESAMPLES = 1000
 
 
