@@ -413,7 +413,7 @@ class Room:
 
     def could_free(self, needed_bytes: int, limit_s: float) -> bool:
         """Whether `needed_bytes` are free, or would be if paused sessions not expected before `limit_s` left."""
-        there = sum(candidate.device_bytes for candidate in self._candidates(None, limit_s, set()))
+        there = sum(size_bytes for _, size_bytes in self._able(None, limit_s, set()))
         return self.pool.free_bytes + there >= needed_bytes
 
     def guessed_s(self, holding: Holding) -> float:
@@ -453,6 +453,13 @@ class Room:
 
     def _candidates(self, keep: Holding | None, limit_s: float | None, tried: set[str]) -> list[Candidate]:
         """Who could leave. Whether each is clean may take a walk, outside of the lock; `evict` looks again."""
+        return [
+            Candidate(h.id, size_bytes, h.seems_clean(), h.last_use_s, h.expected_resume_s, self.guessed_s(h))
+            for h, size_bytes in self._able(keep, limit_s, tried)
+        ]
+
+    def _able(self, keep: Holding | None, limit_s: float | None, tried: set[str]) -> list[tuple[Holding, int]]:
+        """Who could leave, and what that would free."""
         with self.lock:
             able = [
                 h
@@ -466,11 +473,7 @@ class Room:
                 and not h.being_brought
                 and (limit_s is None or h.expected_resume_s is None or h.expected_resume_s > limit_s)
             ]
-            sizes = [h.seems_to_free() for h in able]
-        return [
-            Candidate(h.id, size_bytes, h.seems_clean(), h.last_use_s, h.expected_resume_s, self.guessed_s(h))
-            for h, size_bytes in zip(able, sizes, strict=True)
-        ]
+            return [(h, h.seems_to_free()) for h in able]
 
 
 def _could_leave_later(holding: Holding) -> bool:
