@@ -85,7 +85,7 @@ class Runtime:
             pool_reserve_bytes: free extents kept from the driver for quick reuse.
             pinning: ``"optional"`` goes on with pageable memory where the system refuses to lock it, slowly.
             policy: chooses which paused sessions leave the device; the default looks at `expected_resume_s`, else at
-                how long pauses have been lately.
+                how long pauses were lately.
 
         Raises:
             ConfigError: a budget is missing or out of range, torch sees no such GPU, or a word is unknown.

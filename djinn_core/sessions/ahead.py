@@ -3,8 +3,8 @@
 While some session is off the device, as much is kept free as one of them needs for each caller that is within a
 session's call now, since who pauses one session is about to resume another, and for two where there were several
 callers lately, who may come back at once. So a resume finds extents instead of waiting for evictions. How many sessions
-are RUNNING says less: one that was just opened is, too. Room is made only by unmapping clean sessions that are not
-expected before those that are off, and not by the time a prefetch of them would be due again. Nothing is evicted while
+are RUNNING says less: one that was just opened is, too. Room is made only by unmapping clean sessions that are expected
+after the first of those that are off, and none that a prefetch would bring straight back. Nothing is evicted while
 everyone fits, and since whole sessions leave, and come back only when someone wants them, nobody goes back and forth.
 """
 
@@ -62,7 +62,7 @@ def look_ahead(pager: Pager) -> None:
     due, wanted_bytes = _due(pager)
     for holding in due:
         wanted_bytes += holding.missing_bytes
-        if not pager.could_free(wanted_bytes, holding.expected_resume_s):
+        if not pager.could_free(wanted_bytes, pager.pauses.expected_s(holding)):
             break  # everyone on the device is expected sooner; a later look tries again
         pager.prefetch(holding)
     if pager.link.idle:  # room is made between resumes, not beside one
@@ -80,9 +80,9 @@ def _due(pager: Pager) -> tuple[list[Holding], int]:
         away = [h for h in pager.holdings.values() if h.state is SessionState.SWAPPED]
         coming_bytes = sum(h.missing_bytes for h in away if h.being_brought)
         told = [h for h in away if h.expected_resume_s is not None and not (h.prefetch_failed or h.being_brought)]
-        for holding in sorted(told, key=lambda h: h.expected_resume_s):
+        for holding in sorted(told, key=(expected_s := pager.pauses.expected_s)):
             lead_s += _copy_s(holding)
-            if holding.expected_resume_s - now_s < lead_s:
+            if expected_s(holding) - now_s < lead_s:
                 due.append(holding)
     return due, coming_bytes
 
@@ -108,6 +108,7 @@ def keep_room(pager: Pager) -> None:
         wanted_bytes = sum(h.seems_to_miss() for h in largest)
         if pager.pool.free_bytes >= wanted_bytes:
             return
-        soonest_s = min((h.expected_resume_s for h in away if h.expected_resume_s is not None), default=0.0)
         lead_s = PREFETCH_LEAD_S + max(_copy_s(h) for h in away)
-    pager.make_room_clean(wanted_bytes, max(soonest_s, time.monotonic() + 2 * lead_s))
+    pauses = pager.pauses
+    soonest_s = min(0.0 if pauses.anytime(h) else pauses.expected_s(h) for h in away)
+    pager.make_room_clean(wanted_bytes, soonest_s, time.monotonic() + 2 * lead_s)

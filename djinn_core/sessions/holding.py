@@ -48,7 +48,7 @@ class Holding:
         leaving: how many are about to unmap it, and rely on its host copies.
         seeking: how many threads wait for host memory for it, or for others who may look for room themselves.
         reading: the boundary that the last resume copied in, and the event after which that is done.
-        paused_s: since when it is paused without a hint, until someone tries to resume it.
+        paused_s: since when it is paused, until someone tries to resume it.
         prefetch_failed: bringing it in early went wrong; it is not tried again before its next pause.
         pins: others that read its mapped blocks now.
         user, user_thread: held by the one caller who uses the session, and the thread that he is.

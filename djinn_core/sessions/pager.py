@@ -11,6 +11,7 @@ Not taken: paging single blocks on demand. A session is wanted as a whole, and h
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -256,14 +257,16 @@ class Pager(Writer):
 
     def pause(self, holding: Holding, expected_resume_s: float | None, release: bool) -> None:
         """PAUSED, and its write-back under way, or SWAPPED if there was little to do. Returns at once."""
-        if not isinstance(expected_resume_s, int | float | None):
-            raise UsageError(f"expected_resume_s is {expected_resume_s!r}; give seconds, or None")
+        if expected_resume_s is not None and not (
+            isinstance(expected_resume_s, int | float) and math.isfinite(expected_resume_s)
+        ):
+            raise UsageError(f"expected_resume_s is {expected_resume_s!r}; give seconds from now, or None")
         with self.lock:
             holding.go(SessionState.PAUSED, "be paused")
             now_s = time.monotonic()
             holding.expected_resume_s = None if expected_resume_s is None else now_s + expected_resume_s
             holding.last_use_s = now_s
-            holding.paused_s = now_s if expected_resume_s is None else None
+            holding.paused_s = now_s
             holding.release, holding.prefetch_failed = release, False
             self._want(holding)
             holding.trouble, holding.needed = None, False
@@ -314,9 +317,7 @@ class Pager(Writer):
             self._refuse_failed(holding, "resume")
             if holding.state not in (SessionState.RUNNING, SessionState.RESUMING):  # that one was interrupted
                 holding.go(SessionState.RESUMING, "resume")
-                if holding.paused_s is not None:
-                    self.pauses.ended(time.monotonic() - holding.paused_s)
-                    holding.paused_s = None
+                self.pauses.ended(holding)
             holding.release, holding.renewing = False, True
         try:
             self._forget(holding)
@@ -490,7 +491,6 @@ class Pager(Writer):
             return False
         if holding.trouble is not None and not holding.queued:
             return True
-        if what == "released":
-            away = (SessionState.PAUSED, SessionState.SWAPPED)
-            return holding.state not in away or not (holding.release or holding.queued or holding.moving)
-        return False
+        if holding.state not in (SessionState.PAUSED, SessionState.SWAPPED):
+            return what == "released" or not (holding.queued or holding.draining)
+        return what == "released" and not (holding.release or holding.queued or holding.moving)

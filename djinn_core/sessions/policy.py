@@ -21,7 +21,8 @@ class Candidate:
         clean: its write-back is complete, so leaving is an unmap.
         last_use_s: when it was last run, on the clock of `now_s`.
         expected_resume_s: when its owner said that it would go on, on the same clock; None when nothing was said.
-        guessed_resume_s: when it would, going by how long others' pauses have been lately, on the same clock.
+        guessed_resume_s: when it will, on the same clock: as its owner said, while that is not past by more than half a
+            second, else going by how long others' pauses were lately, or by how late they came.
     """
 
     session: str
@@ -41,9 +42,9 @@ class Policy(Protocol):
 class ExpectedLast:
     """The session that is expected back last goes first (Belady's rule, with a guess for the future).
 
-    Without a hint the pager's guess counts. Clean sessions go before dirty ones: an unmap costs microseconds, a
-    write-back the link's time. Those whose owners expect them within `soon_s` go last of all, clean or not: they would
-    have to come straight back.
+    Without a hint, or long after it, the pager's guess counts. Clean sessions go before dirty ones: an unmap costs
+    microseconds, a write-back the link's time. Those that had a hint and are expected within `soon_s` go last of all,
+    clean or not: they would have to come straight back.
     """
 
     def __init__(self, soon_s: float = 0.5) -> None:
@@ -53,12 +54,12 @@ class ExpectedLast:
         """The sessions to evict, in order: enough of them for `needed_bytes`, or all when that is not enough."""
 
         def rank(candidate: Candidate) -> tuple[bool, bool, float, int, str]:
-            hint_s, guess_s = candidate.expected_resume_s, candidate.guessed_resume_s
-            soon = hint_s is not None and hint_s - now_s < self.soon_s
+            guess_s = candidate.guessed_resume_s
+            soon = candidate.expected_resume_s is not None and guess_s - now_s < self.soon_s
             return (
                 soon,
                 not soon and not candidate.clean,
-                -(guess_s if hint_s is None else hint_s),
+                -guess_s,
                 -candidate.device_bytes,
                 candidate.session,
             )

@@ -48,7 +48,7 @@ class Room:
         d2h_behind: the stream of what passes write behind themselves, which waits for their layers.
         h2d_first: the stream of what a resume cannot begin without, beside what `h2d` has in flight.
         way: for who resumes, up to where its bring-in has begun; passes and workers give it.
-        pauses: how long those have been that ended lately.
+        pauses: when each is expected back.
         saving: held by the one session that is being saved; it needs all of its state on the host at once.
         events: what happened, oldest first, bounded.
     """
@@ -398,11 +398,18 @@ class Room:
                     freed_any |= self._try_evict(holding)
         return freed_any
 
-    def make_room_clean(self, wanted_bytes: int, limit_s: float) -> None:
-        """Unmap clean sessions not expected before `limit_s` until `wanted_bytes` are free, or none is left."""
+    def make_room_clean(self, wanted_bytes: int, limit_s: float, due_s: float) -> None:
+        """Unmap clean sessions not expected before `limit_s` until `wanted_bytes` are free, or none is left.
+
+        Nor those with a hint that are expected before `due_s`: a prefetch would bring them straight back.
+        """
         tried: set[str] = set()
         while (missing := wanted_bytes - self.pool.free_bytes) > 0:
-            clean = [c for c in self._candidates(None, limit_s, tried) if c.clean]
+            clean = [
+                c
+                for c in self._candidates(None, None, tried)
+                if c.clean and c.guessed_resume_s > (limit_s if c.expected_resume_s is None else max(limit_s, due_s))
+            ]
             chosen = self._choose(clean, missing)
             holding = self.holdings.get(chosen[0]) if chosen else None
             if holding is None:
@@ -413,18 +420,8 @@ class Room:
 
     def could_free(self, needed_bytes: int, limit_s: float) -> bool:
         """Whether `needed_bytes` are free, or would be if paused sessions not expected before `limit_s` left."""
-        there = sum(size_bytes for _, size_bytes in self._able(None, limit_s, set()))
+        there = sum(size_bytes for _, size_bytes, _ in self._able(None, limit_s, set()))
         return self.pool.free_bytes + there >= needed_bytes
-
-    def guessed_s(self, holding: Holding) -> float:
-        """When it will be resumed, on the clock of `time.monotonic`, by how long pauses have been lately."""
-        now_s = time.monotonic()
-        return now_s + self.pauses.left_s(now_s - holding.last_use_s)
-
-    def expected_s(self, holding: Holding) -> float:
-        """When it will be resumed: as its owner said, else a guess."""
-        hint_s = holding.expected_resume_s
-        return self.guessed_s(holding) if hint_s is None else hint_s
 
     def _choose(self, candidates: Sequence[Candidate], needed_bytes: int) -> Sequence[str]:
         """The policy's order, of those that could leave.
@@ -454,15 +451,18 @@ class Room:
     def _candidates(self, keep: Holding | None, limit_s: float | None, tried: set[str]) -> list[Candidate]:
         """Who could leave. Whether each is clean may take a walk, outside of the lock; `evict` looks again."""
         return [
-            Candidate(h.id, size_bytes, h.seems_clean(), h.last_use_s, h.expected_resume_s, self.guessed_s(h))
-            for h, size_bytes in self._able(keep, limit_s, tried)
+            Candidate(h.id, size_bytes, h.seems_clean(), h.last_use_s, h.expected_resume_s, expected_s)
+            for h, size_bytes, expected_s in self._able(keep, limit_s, tried)
         ]
 
-    def _able(self, keep: Holding | None, limit_s: float | None, tried: set[str]) -> list[tuple[Holding, int]]:
-        """Who could leave, and what that would free."""
+    def _able(self, keep: Holding | None, limit_s: float | None, tried: set[str]) -> list[tuple[Holding, int, float]]:
+        """Who could leave, and is not known to be wanted before `limit_s`; what it would free, and when it is expected.
+
+        The guesses are made outside of the lock.
+        """
         with self.lock:
             able = [
-                h
+                (h, h.seems_to_free())
                 for h in self.holdings.values()
                 if h is not keep
                 and h.id not in tried
@@ -471,9 +471,9 @@ class Room:
                 and not h.moving
                 and not h.pins
                 and not h.being_brought
-                and (limit_s is None or h.expected_resume_s is None or h.expected_resume_s > limit_s)
             ]
-            return [(h, h.seems_to_free()) for h in able]
+        told = [(h, size_bytes, self.pauses.expected_s(h)) for h, size_bytes in able]
+        return [t for t in told if limit_s is None or t[2] > limit_s or self.pauses.anytime(t[0])]
 
 
 def _could_leave_later(holding: Holding) -> bool:

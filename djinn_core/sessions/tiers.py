@@ -207,7 +207,7 @@ class Tiers:
             here = [h for h in self._pager.holdings.values() if h.state is state and h.mapped]
             blocks = [
                 block
-                for holding in sorted(here, key=self._pager.expected_s)
+                for holding in sorted(here, key=self._pager.pauses.expected_s)
                 for block in holding.mapped.values()
                 if block.host is not None
             ]
@@ -285,8 +285,8 @@ class Tiers:
         with self._pager.lock:
             away = [h for h in self._pager.holdings.values() if h.state in off]
             others = [h for h in self._pager.holdings.values() if h.state not in off]
-        away.sort(key=lambda h: (not h.jobs, self._pager.expected_s(h)), reverse=True)
-        return [*away, *sorted(others, key=self._pager.expected_s, reverse=True)]
+        away.sort(key=lambda h: (not h.jobs, self._pager.pauses.expected_s(h)), reverse=True)
+        return [*away, *sorted(others, key=self._pager.pauses.expected_s, reverse=True)]
 
     def _stored_of(self, holding: Holding) -> Iterator[Stored]:
         with self._pager.lock:

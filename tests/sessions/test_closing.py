@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,15 @@ def test_waiting_for_what_was_not_asked_names_the_way(rig: Rig) -> None:
     with pytest.raises(DjinnError) as caught:
         session.wait_until("released", 2)
     assert "release=True" in str(caught.value), str(caught.value)
+
+
+def test_waiting_for_a_write_back_of_a_session_that_runs_ends_at_once(rig: Rig) -> None:
+    session = rig.open()
+    session.forward(prompt())
+    begun_s = time.monotonic()
+    with pytest.raises(SessionStateError, match=f"session {session.id} cannot become clean.*pause it first"):
+        session.wait_until("clean", 10)
+    assert time.monotonic() - begun_s < 5
 
 
 def test_closing_everything_from_ones_own_pass_is_refused(rig: Rig) -> None:

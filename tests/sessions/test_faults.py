@@ -42,7 +42,7 @@ class Play:
         self.point = self.session.forward(self.token(self.first), stop_after=2)
 
     def pause(self) -> None:
-        if self.session.state is SessionState.RUNNING:
+        if self.session.state in (SessionState.RUNNING, SessionState.RESUMING):
             self.session.pause(release=True)
         self.rig.sessions.pager.evict(self.session._holding)
         assert self.session.state is SessionState.SWAPPED

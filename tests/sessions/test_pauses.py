@@ -13,8 +13,9 @@ from collections.abc import Callable
 import pytest
 
 from djinn_core.errors import OutOfDeviceMemory
-from djinn_core.sessions import Candidate, ExpectedLast
-from djinn_core.sessions.pauses import ASKED, KEPT, LEAST, Pauses
+from djinn_core.sessions import Candidate, ExpectedLast, SessionState
+from djinn_core.sessions.pauses import ASKED, KEPT, LEAST, ON_TIME_S, Lengths
+from tests.sessions.lives import SESSION_BYTES
 from tests.sessions.oracle import prompt
 from tests.sessions.rigs import MakeRig
 
@@ -26,40 +27,40 @@ def left_of(lengths: list[float], idle_s: float) -> float:
 
 
 def test_the_guess_is_the_harmonic_mean_of_what_was_left_of_longer_pauses() -> None:
-    draw, pauses, lengths = random.Random(0), Pauses(), []
+    draw, pauses, lengths = random.Random(0), Lengths(), []
     for number in range(ASKED):
         lengths.append(draw.uniform(0, 4))
-        pauses.ended(lengths[-1])
+        pauses.add(lengths[-1])
         for idle_s in (0.0, 1.0, draw.uniform(0, 5)):
             assert pauses.left_s(idle_s) == pytest.approx(left_of(lengths, idle_s), rel=1e-2), number
 
 
 def test_of_many_pauses_the_latest_count_and_a_part_is_asked() -> None:
-    pauses = Pauses()
+    pauses = Lengths()
     for _ in range(KEPT):
-        pauses.ended(100.0)
+        pauses.add(100.0)
     lengths = [1 + number % 16 / 4 for number in range(KEPT)]
     for length in lengths:
-        pauses.ended(length)
+        pauses.add(length)
     for idle_s in (0.0, 0.5, 2.1):
         assert pauses.left_s(idle_s) == pytest.approx(left_of(lengths, idle_s), rel=0.05)
 
 
 def test_without_ground_it_is_as_long_again() -> None:
-    pauses = Pauses()
+    pauses = Lengths()
     assert pauses.left_s(3.0) == 3.0
     for _ in range(LEAST):
-        pauses.ended(1.0)
+        pauses.add(1.0)
     assert pauses.left_s(0.25) == 0.75
     assert pauses.left_s(1.0) == 1.0 and pauses.left_s(3.0) == 3.0  # nobody was away for longer
 
 
 def test_many_threads_may_tell_and_ask() -> None:
-    pauses = Pauses()
+    pauses = Lengths()
 
     def work() -> None:
         for number in range(500):
-            pauses.ended(number % 10)
+            pauses.add(number % 10)
             assert pauses.left_s(4.5) >= 0
 
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -70,27 +71,29 @@ def test_many_threads_may_tell_and_ask() -> None:
     assert pauses.left_s(8.5) == pytest.approx(0.5)  # each of them knows ten lengths, and nines are the longest
 
 
-def test_only_pauses_without_a_hint_count(make_rig: MakeRig) -> None:
+def test_a_pause_counts_for_those_like_it(make_rig: MakeRig) -> None:
+    """Without a hint its length does, with one by how much it was late."""
     rig = make_rig()
-    session, told = rig.open(), []
-    rig.sessions.pager.pauses.ended = told.append
+    session, pauses = rig.open(), rig.sessions.pager.pauses
+    unsaid, late = pauses.unsaid._lengths, pauses.late._lengths
     session.forward(prompt())
-    for hint_s in (None, 5.0, None):
+    for hint_s in (None, 5.0, None, 0.01):
         session.pause(expected_resume_s=hint_s)
+        time.sleep(0.05)
         session.resume()
-    assert len(told) == 2 and all(0 <= length < 1 for length in told)
+    assert len(unsaid) == 2 and all(0.05 <= length < 1 for length in unsaid)
+    assert len(late) == 1 and 0.04 <= late[0] < 0.9
     fork = session.fork()
     fork.resume()  # it was never paused by anyone
-    assert len(told) == 2
+    assert (len(unsaid), len(late)) == (2, 1)
 
 
 def test_a_resume_that_is_tried_again_ended_one_pause(make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
-    rig, told = make_rig(), []
+    rig = make_rig()
     session, pager = rig.open(), rig.sessions.pager
     session.forward(prompt())
     session.pause(release=True)
     session.wait_until("released", 10)
-    monkeypatch.setattr(pager.pauses, "ended", told.append)
     with monkeypatch.context() as patch:
         patch.setattr(pager.pool, "acquire_all", raising_full)
         for _ in range(3):
@@ -99,7 +102,7 @@ def test_a_resume_that_is_tried_again_ended_one_pause(make_rig: MakeRig, monkeyp
                 session.forward(prompt(tokens=1))
     session.resume()
     session.forward(prompt(tokens=1))
-    assert len(told) == 1
+    assert len(pager.pauses.unsaid) == 1
 
 
 def raising_full(*_: object, **__: object) -> None:
@@ -110,26 +113,153 @@ def test_the_guess_is_of_this_session_and_a_hint_goes_before_it(make_rig: MakeRi
     rig = make_rig()
     pager, session = rig.sessions.pager, rig.open()
     for _ in range(LEAST):
-        pager.pauses.ended(60.0)
+        pager.pauses.unsaid.add(60.0)
     session.forward(prompt())
     session.pause()
     holding = session._holding
     holding.last_use_s = time.monotonic() - 20
     (candidate,) = pager._candidates(None, None, set())
-    for guess_s in (candidate.guessed_resume_s, pager.expected_s(holding)):
+    for guess_s in (candidate.guessed_resume_s, pager.pauses.expected_s(holding)):
         assert guess_s == pytest.approx(time.monotonic() + 40, abs=1)
-    holding.expected_resume_s = 5.0
-    assert pager.expected_s(holding) == 5.0
+    for hint_s in (time.monotonic() + 5, time.monotonic() - ON_TIME_S / 2):
+        holding.expected_resume_s = hint_s
+        assert pager.pauses.expected_s(holding) == hint_s
+    (candidate,) = pager._candidates(None, None, set())
+    assert candidate.expected_resume_s == candidate.guessed_resume_s == hint_s
+
+
+def test_who_is_late_is_expected_as_late_ones_came(make_rig: MakeRig) -> None:
+    """Where too few came so late: as late again as it is."""
+    rig = make_rig()
+    pauses, session = rig.sessions.pager.pauses, rig.open()
+    session.forward(prompt())
+    session.pause(expected_resume_s=0.0)
+    holding = session._holding
+    holding.expected_resume_s = time.monotonic() - 20
+    assert pauses.expected_s(holding) == pytest.approx(time.monotonic() + 20, abs=1)
+    for _ in range(LEAST):
+        pauses.late.add(25.0)
+    assert pauses.expected_s(holding) == pytest.approx(time.monotonic() + 5, abs=1)
+    holding.expected_resume_s -= 20
+    assert pauses.expected_s(holding) == pytest.approx(time.monotonic() + 40, abs=1)
+
+
+@pytest.mark.parametrize("hint_s", [None, 600.0, 0.0])
+def test_who_takes_turns_is_not_sent_away_for_those_who_stay_away(make_rig: MakeRig, hint_s: float | None) -> None:
+    """Four have no hint and room enough. Beside them are four who have said nothing, much later, or too early."""
+    rig = make_rig(device_bytes=6 * SESSION_BYTES)
+    for _ in range(4):
+        idle = rig.open()
+        idle.forward(prompt())
+        idle.pause(expected_resume_s=hint_s)
+        idle.wait_until("clean", 10)
+    time.sleep(2 * ON_TIME_S)  # until who said that he comes at once is late
+    gone, several = 0, [rig.open() for _ in range(4)]
+    for turn in range(12 + 40):
+        session = several[turn % 4]
+        gone += turn >= 12 and session.state is SessionState.SWAPPED
+        if turn < 4:
+            session.forward(prompt())
+        else:
+            session.resume()
+        session.pause()
+        session.wait_until("clean", 10)
+        time.sleep(0.02)
+    assert gone <= 2, "of forty"
+
+
+def test_who_is_away_for_long_leaves_for_who_is_due(make_rig: MakeRig) -> None:
+    """A prefetch sends those away who are expected later, with a hint or without, and no others."""
+    rig = make_rig(device_bytes=3 * SESSION_BYTES)
+    pager, away = rig.sessions.pager, rig.open()
+    away.forward(prompt())
+    away.pause(release=True)
+    away.wait_until("released", 10)
+    here = rig.open()
+    here.forward(prompt())
+    here.pause()
+    here.wait_until("clean", 10)
+    needed_bytes = pager.pool.free_bytes + 1
+    limit_s = time.monotonic() + 10
+    assert pager.could_free(needed_bytes, limit_s), "nothing is known: who has said nothing leaves for who has"
+    for _ in range(LEAST):
+        pager.pauses.unsaid.add(5.0)
+    assert not pager.could_free(needed_bytes, limit_s)
+    assert pager.could_free(needed_bytes, time.monotonic() + 1)
+
+
+def test_room_is_kept_at_the_cost_of_no_one_who_is_due(make_rig: MakeRig) -> None:
+    """He would be brought straight back."""
+    rig = make_rig()
+    pager, session = rig.sessions.pager, rig.open()
+    session.forward(prompt())
+    session.pause(expected_resume_s=5.0)
+    session.wait_until("clean", 10)
+    now_s, wanted_bytes = time.monotonic(), pager.pool.free_bytes + 1
+    for limit_s, due_s in ((0.0, now_s + 10), (now_s + 10, 0.0)):
+        pager.make_room_clean(wanted_bytes, limit_s, due_s)
+        assert session.state is SessionState.PAUSED
+    pager.make_room_clean(wanted_bytes, now_s + 1, now_s + 1)
+    assert session.state is SessionState.SWAPPED
+
+
+def test_while_nothing_is_known_room_is_kept_for_who_is_away(make_rig: MakeRig) -> None:
+    rig = make_rig(device_bytes=6 * SESSION_BYTES)
+    sessions = []
+    while not any(s.state is SessionState.SWAPPED for s in sessions):
+        sessions.append(rig.open())
+        sessions[-1].forward(prompt())
+        sessions[-1].pause()
+        sessions[-1].wait_until("clean", 10)
+    deadline = time.monotonic() + 5
+    while rig.pool.free_bytes < SESSION_BYTES and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert rig.pool.free_bytes >= SESSION_BYTES and len(sessions) > 2
+
+
+def test_who_is_long_overdue_is_not_brought_back(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    session = rig.open()
+    session.forward(prompt())
+    session.pause(expected_resume_s=-60.0, release=True)
+    session.wait_until("released", 10)
+    time.sleep(0.2)  # some looks ahead
+    assert session.state is SessionState.SWAPPED
+    session._holding.expected_resume_s = time.monotonic() - ON_TIME_S / 2
+    deadline = time.monotonic() + 5
+    while session.state is SessionState.SWAPPED and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert session.state is SessionState.PAUSED
+
+
+def test_who_is_expected_last_is_spilled_first(make_rig: MakeRig) -> None:
+    """Of those off the device; then the others, parts of which may be off it."""
+    rig = make_rig()
+    pager = rig.sessions.pager
+    off = [rig.open() for _ in range(3)]
+    for session, hint_s in zip(off, (60.0, 600.0, None), strict=True):
+        session.forward(prompt())
+        session.pause(expected_resume_s=hint_s, release=True)
+        session.wait_until("released", 10)
+    runs, paused = rig.open(), rig.open()
+    for session in (paused, runs):
+        session.forward(prompt())
+    paused.pause(expected_resume_s=6000.0)
+    for _ in range(LEAST):
+        pager.pauses.unsaid.add(300.0)
+    soon, late, unsaid = off
+    order = [late, unsaid, soon, paused, runs]
+    assert pager.tiers._away() == [session._holding for session in order]
 
 
 def missed(next_s: Callable[[int, float], float], learns: bool, sessions: int, room: int, turns: int) -> float:
     """The share of resumes that find their session gone, on a simulated clock; `next_s` says how long one pauses."""
-    pauses, policy, here, last_s, late = Pauses(), ExpectedLast(), {}, {}, []
+    pauses, policy, here, last_s, late = Lengths(), ExpectedLast(), {}, {}, []
     due = [(number * 1e-3, number) for number in range(sessions)]
     for _ in range(turns):
         now_s, number = heapq.heappop(due)
         if number in last_s:
-            pauses.ended(now_s - last_s[number])
+            pauses.add(now_s - last_s[number])
             late.append(number not in here)
         if number not in here and len(here) == room:
             idle = {other: now_s - last_s[other] for other in here}

@@ -58,7 +58,7 @@ class Story:
         self._wanted = self._oracle.forward(self._ids)
 
     def pause(self) -> None:
-        if self.session.state is SessionState.RUNNING:
+        if self.session.state in (SessionState.RUNNING, SessionState.RESUMING):
             self.session.pause()
 
 

@@ -303,7 +303,7 @@ def test_a_policy_that_names_who_has_left_ends_nobodys_wait_for_ever(make_rig: M
 
 def test_the_default_policy() -> None:
     def candidate(name: str, clean: bool = True, last: float = 0.0, expected: float | None = None) -> Candidate:
-        return Candidate(name, 10, clean, last, expected, guessed_resume_s=200.0 - last)
+        return Candidate(name, 10, clean, last, expected, guessed_resume_s=expected or 200.0 - last)
 
     choose = ExpectedLast().choose
     soon, late = candidate("soon", expected=100.5), candidate("late", expected=500.0)
@@ -311,8 +311,10 @@ def test_the_default_policy() -> None:
     dirty = candidate("dirty", clean=False, last=1.0)
     assert choose([soon, late, old, new, dirty], 50, 100.0) == ["late", "old", "new", "soon", "dirty"]
     assert choose([soon, late, old], 11, 100.0) == ["late", "old"]
-    due, overdue = candidate("due", expected=100.4), candidate("overdue", expected=99.0)
+    due, overdue = candidate("due", expected=100.4), candidate("overdue", expected=99.9)
     assert choose([overdue, due, dirty, new], 40, 100.0) == ["new", "dirty", "due", "overdue"]
+    lost = Candidate("lost", 10, True, 0.0, 70.0, guessed_resume_s=130.0)
+    assert choose([due, new, lost], 30, 100.0) == ["lost", "new", "due"], "a hint that was not kept is none"
     assert choose([], 11, 100.0) == []
 
 
