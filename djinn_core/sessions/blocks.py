@@ -239,3 +239,17 @@ class BlockTable:
         twin.assign(self.lengths, self.blocks)
         self.writable_until = 0
         return twin
+
+
+def pieces(blocks: Iterable[Block], limit_bytes: int) -> Iterator[list[Block]]:
+    """Neighbours together, `limit_bytes` at most, or one block."""
+    piece: list[Block] = []
+    size_bytes = 0
+    for block in sorted(blocks, key=lambda block: block.offset):
+        if piece and size_bytes + block.size_bytes > limit_bytes:
+            yield piece
+            piece, size_bytes = [], 0
+        piece.append(block)
+        size_bytes += block.size_bytes
+    if piece:
+        yield piece

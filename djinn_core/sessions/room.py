@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TypeVar
 
@@ -22,7 +22,7 @@ from djinn_core.memory.disktier import DiskTier
 from djinn_core.memory.extents import Extent, ExtentPool
 from djinn_core.memory.hosttier import HostTier
 from djinn_core.memory.ledger import Kind
-from djinn_core.sessions.blocks import Block
+from djinn_core.sessions.blocks import Block, pieces
 from djinn_core.sessions.holding import Holding
 from djinn_core.sessions.pagerevents import EVENTS_KEPT, PagerEvent
 from djinn_core.sessions.pauses import Pauses
@@ -183,7 +183,7 @@ class Room:
         until_s = self.way.until_s()
         try:
             self._settle_device(holding)
-            for number, piece in enumerate(_pieces(holding.mapped.values())):
+            for number, piece in enumerate(pieces(holding.mapped.values(), UNMAP_BYTES)):
                 if number:
                     self.way.give(until_s)
                 parted.append(self._take_out(holding, piece))
@@ -327,9 +327,10 @@ class Room:
         """What `take` gets, after evicting paused sessions if need be; None when nobody else can leave.
 
         While another caller evicts, which may take long where the host is full, what comes free meanwhile is taken.
-        Whoever cannot leave only because he is on his way is waited for, unless a prefetch asks.
+        Whoever cannot leave only because he is on his way is waited for, unless a prefetch asks; and whoever has
+        arrived since the look at who could leave is asked, too.
         """
-        give_up_s = time.monotonic() + PATIENCE_S
+        give_up_s, last_look = time.monotonic() + PATIENCE_S, False
         while True:
             if (got := take()) is not None:
                 return got
@@ -341,11 +342,18 @@ class Room:
                 if (got := take()) is not None:
                     return got
                 short = short or self.pool.free_bytes < needed_bytes
-                if self._make_room_for(needed_bytes, short, keep, limit_s):
+                tried: set[str] = set()
+                if self._make_room_for(needed_bytes, short, keep, limit_s, tried):
                     continue
                 owner = "" if keep is None else keep.id
-                if limit_s is not None or not self.tiers.wait_for_transfers(owner, give_up_s, _could_leave_later):
+                if limit_s is not None:
                     return None
+                if self.tiers.wait_for_transfers(owner, give_up_s, _could_leave_later):
+                    last_look = False
+                elif last_look or not self._able(keep, None, tried):
+                    return None
+                else:
+                    last_look = True
         finally:
             self._acquiring.release()
 
@@ -360,7 +368,7 @@ class Room:
             beyond = self.pool.resize(budget_bytes)
             try:
                 while beyond > 0:
-                    made, before_bytes = self._make_room(0, None, None), beyond
+                    made, before_bytes = self._make_room(0, None, None, set()), beyond
                     beyond = self.pool.resize(budget_bytes)
                     if not made and beyond >= before_bytes:  # others may have left by themselves
                         raise OutOfDeviceMemory(
@@ -373,18 +381,19 @@ class Room:
                 self.pool.resize(before)
                 raise
 
-    def _make_room_for(self, needed_bytes: int, short: bool, keep: Holding | None, limit_s: float | None) -> bool:
+    def _make_room_for(
+        self, needed_bytes: int, short: bool, keep: Holding | None, limit_s: float | None, tried: set[str]
+    ) -> bool:
         """Whether it is worth another try: someone was made to leave, or others have left without being asked.
 
         Where the budget was not `short`, others fill the device: then as much has to leave as is needed.
         """
         wanted_bytes = needed_bytes if short else self.pool.free_bytes + needed_bytes
-        made = self._make_room(wanted_bytes, keep, limit_s)
+        made = self._make_room(wanted_bytes, keep, limit_s, tried)
         return made or (short and self.pool.free_bytes >= needed_bytes)
 
-    def _make_room(self, needed_bytes: int, keep: Holding | None, limit_s: float | None) -> bool:
-        """Evict as the policy says until `needed_bytes` are free; False when nobody could leave."""
-        tried: set[str] = set()
+    def _make_room(self, needed_bytes: int, keep: Holding | None, limit_s: float | None, tried: set[str]) -> bool:
+        """Evict as the policy says until `needed_bytes` are free; False when nobody could leave. Adds who was tried."""
         freed_any = False
         while self.pool.free_bytes < needed_bytes or not freed_any:
             candidates = self._candidates(keep, limit_s, tried)
@@ -480,17 +489,3 @@ def _could_leave_later(holding: Holding) -> bool:
     """Nobody runs it, and it is on the device, or is brought there."""
     away = holding.state in (SessionState.PAUSED, SessionState.SWAPPED)
     return away and (bool(holding.mapped) or holding.being_brought)
-
-
-def _pieces(blocks: Iterable[Block]) -> Iterator[list[Block]]:
-    """Neighbours together, `UNMAP_BYTES` at most, or one block."""
-    piece: list[Block] = []
-    size_bytes = 0
-    for block in sorted(blocks, key=lambda block: block.offset):
-        if piece and size_bytes + block.size_bytes > UNMAP_BYTES:
-            yield piece
-            piece, size_bytes = [], 0
-        piece.append(block)
-        size_bytes += block.size_bytes
-    if piece:
-        yield piece

@@ -62,7 +62,7 @@ class Tiers:
             OutOfHostMemory: the host is full, and so is the disk or there is none; nothing changed.
             PinningRefused: the operating system would not pin more; nothing changed.
         """
-        give_up_s = time.monotonic() + PATIENCE_S
+        give_up_s, last_look = time.monotonic() + PATIENCE_S, False
         while True:
             try:
                 return self.host.allocate(size_bytes, owner)
@@ -73,13 +73,15 @@ class Tiers:
             disk_full = self._make_room(size_bytes, owner, optional)
             if disk_full is None:
                 continue
-            if optional or not self.wait_for_transfers(owner, give_up_s):
+            waited = not optional and self.wait_for_transfers(owner, give_up_s)
+            if optional or (last_look and not waited):
                 raise OutOfHostMemory(
                     f"session {owner}: the host is full, and nothing more can be spilled to disk ({disk_full}); close "
                     "a session, or raise host_bytes or disk_bytes, and try again",
                     needed_bytes=size_bytes,
                     free_bytes=full.free_bytes,
                 ) from disk_full
+            last_look = not waited  # a transfer may have ended between the looks at both
 
     def _give_up_spare(self) -> bool:
         """What nobody counts on goes first; False when there is nothing of it."""

@@ -173,6 +173,27 @@ def test_a_write_back_takes_no_room_from_its_own_session(make_rig: MakeRig) -> N
         session.wait_until("clean", 2)
 
 
+def test_a_transfer_that_ends_between_two_looks_makes_room_on_the_host(make_rig: MakeRig, monkeypatch) -> None:
+    """It kept a session from being spilled at the first look, and is gone at the look at what is under way."""
+    rig = make_rig(host_bytes=2 * SESSION_BYTES, disk_bytes=4 * SESSION_BYTES)
+    pager = rig.sessions.pager
+    for _ in range(2):
+        leave(begun(rig)[0])
+    sources, looks = pager.tiers._sources, []
+
+    def none_at_first(*args):
+        looks.append(args)
+        return iter(()) if len(looks) == 1 else sources(*args)
+
+    monkeypatch.setattr(pager.tiers, "_sources", none_at_first)
+    pager.tiers.allocate(BLOCK_BYTES, "others").free()
+    assert len(looks) == 2
+    monkeypatch.setattr(pager.tiers, "_sources", lambda *args: looks.append(args) or iter(()))
+    with pytest.raises(OutOfHostMemory):
+        pager.tiers.allocate(2 * SESSION_BYTES, "others")
+    assert len(looks) == 4, "once more, and no more"
+
+
 # who is on his way on the device may leave soon
 
 
