@@ -23,7 +23,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -229,7 +228,7 @@ class BringIn:
         limit_bytes = 0 if begins or self.by_pass else STEP_BYTES
         if not self._ahead:
             ahead = self._next(self._left, limit_bytes)
-            if begins and not (self.by_pass or self._pager.write_backs):  # one grant serves the next step, too
+            if begins and not self.by_pass:  # the next step follows soon, and one grant serves both
                 ahead += self._next(islice(self._left, len(ahead), None), STEP_BYTES)
             self._map(ahead)
         layers = self._next(self._ahead, limit_bytes)
@@ -361,8 +360,7 @@ class BringIn:
         row = [want for layer in layers for want in self._rows[layer]]
         if row:
             self._back(row)
-            with nullcontext() if self.by_pass else self._pager.maps:
-                self.holding.region.map([(want.block.offset, want.extent or want.block.device) for want in row])
+            self.holding.region.map([(want.block.offset, want.extent or want.block.device) for want in row])
         self._ahead = layers
 
     def _back(self, row: list[Want]) -> None:

@@ -1,23 +1,20 @@
 """Write-back: what is new on the device goes to the pinned host, in contiguous pieces, on a stream of its own.
 
 Invariant: a block's host copy counts (`host_valid_bytes`) only when the copy's event is complete and nothing of what it
-read was overwritten meanwhile. KV only grows, so a second pause writes only what is new. Copies go out group by group,
-so many at once that the link never idles, since gaps between copies are the whole loss, and no more: beside copies to
-the host, a grant of device memory takes a millisecond for each extent, until they have come to an end. So the next
-group waits for maps under way, and for who resumes and needs the interpreter and the driver. Groups are taken in as
-they arrive, and whoever gives the memory up unmaps each while the later ones are still on their way.
-
-Not taken: a word in host memory that copies on the device wait for, which lets a grant through sooner. A thread that
-waits for the device with the driver's lock in hand would never see it change.
+read was overwritten meanwhile. KV only grows, so a second pause writes only what is new. All copies are issued at once,
+since gaps between copies are the whole loss, but for way given to who resumes and needs the interpreter and the driver;
+then they are taken in group by group, and whoever gives the memory up unmaps each group while the later ones are still
+on their way.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
+
+import torch
 
 from djinn_core.device.base import Direction, Event
 from djinn_core.errors import CapacityError, DjinnError
@@ -27,8 +24,7 @@ from djinn_core.sessions.holding import Holding
 if TYPE_CHECKING:
     from djinn_core.sessions.room import Room
 
-GROUP_BYTES = 48 << 20  # one call and one event: a layer of a long session, or all of a short one
-FLYING_BYTES = 2 * GROUP_BYTES  # behind the group under way: time for a thread to get the interpreter
+GROUP_BYTES = 96 << 20  # one call and one event, at least: three layers of a long session, or all of a short one
 
 
 class Copy(NamedTuple):
@@ -68,11 +64,9 @@ def write_back(
         behind.settle()
     _wait_idle(room, holding)
     todo: list[Copy] = []
-    flying: deque[Group] = deque()
+    groups: list[Group] = []
     full: CapacityError | None = None
     copied = 0
-    with room.lock:
-        room.write_backs += 1
     try:
         _claim(room, holding, blocks, todo)
         if todo:
@@ -80,22 +74,18 @@ def write_back(
             _wait_for_bytes(room, todo)
             try:
                 try:
-                    for group in _issue(room, holding, todo, optional, begun):
-                        flying.append(group)
-                        while sum(map(_size_bytes, flying)) > FLYING_BYTES + _size_bytes(flying[0]):
-                            copied += _take_in(room, flying.popleft(), part)
-                except CapacityError as error:
-                    full = error
+                    full = _issue(room, holding, todo, groups, optional, begun)
                 finally:
                     done.record(room.d2h)
-                while flying:
-                    copied += _take_in(room, flying.popleft(), part)
+                for group in groups:
+                    copied += _take_in(room, group)
+                    if part is not None:
+                        part([copy.block for copy in group[0]])
             finally:
                 with contextlib.suppress(DjinnError):  # the failure is being raised; no copy reads any more
                     done.synchronize()
     finally:
         with room.lock:
-            room.write_backs -= 1
             holding.draining = False
             for copy in todo:
                 copy.block.copying_bytes = 0
@@ -134,63 +124,53 @@ def _wait_for_bytes(room: Room, todo: list[Copy]) -> None:
         room.d2h.wait_event(event)
 
 
-def _issue(room: Room, holding: Holding, todo: list[Copy], optional: bool, begun: Event) -> Iterator[Group]:
-    """Issue group by group, `begun` before the first one.
-
-    Raises:
-        CapacityError: the host has no room for the next one; those before it have been issued.
-    """
+def _issue(
+    room: Room, holding: Holding, todo: list[Copy], groups: list[Group], optional: bool, begun: Event
+) -> CapacityError | None:
+    """Issue what the host has room for, `begun` before and an event behind each group; why it was not all."""
+    memory = holding.region.tensor
     copies: list[Copy] = []
-    full, first, until_s = None, True, room.way.until_s()
+    size_bytes, full, until_s = 0, None, room.way.until_s()
     for copy in todo:
-        block = copy.block
+        block, begin, end, _ = copy
         try:
             if block.host is None:
                 block.host = room.tiers.allocate(block.size_bytes, holding.id, optional=optional)
         except CapacityError as error:
             full = error
             break
-        if copies and sum(map(_new_bytes, copies)) + _new_bytes(copy) > GROUP_BYTES:
-            yield _issue_group(room, holding, copies, begun if first else None)
-            copies, first = [], False
+        if groups and not copies:
             room.way.give(until_s)
-            room.maps.give()
         copies.append(copy)
+        size_bytes += end - begin
+        if size_bytes >= GROUP_BYTES:
+            _issue_group(room, memory, groups, copies, begun)
+            copies, size_bytes = [], 0
     if copies:
-        yield _issue_group(room, holding, copies, begun if first else None)
-    if full is not None:
-        raise full
+        _issue_group(room, memory, groups, copies, begun)
+    return full
 
 
-def _issue_group(room: Room, holding: Holding, copies: list[Copy], begun: Event | None) -> Group:
-    """All copies of a group in one call, and the event behind them."""
-    memory = holding.region.tensor
+def _issue_group(room: Room, memory: torch.Tensor, groups: list[Group], copies: list[Copy], begun: Event) -> None:
+    """All copies of a group in one call, and the event behind them; `begun` before the first group."""
     pairs = [
         (block.host.tensor[begin:end], memory[block.offset + begin : block.offset + end])
         for block, begin, end, _ in copies
     ]
-    room.device.copy_all(pairs, room.d2h, Direction.D2H, begun=begun)
+    room.device.copy_all(pairs, room.d2h, Direction.D2H, begun=None if groups else begun)
     event = room.device.event(blocking=True)
     event.record(room.d2h)
-    return copies, event
+    groups.append((copies, event))
 
 
-def _new_bytes(copy: Copy) -> int:
-    return copy.end - copy.begin
-
-
-def _size_bytes(group: Group) -> int:
-    return sum(map(_new_bytes, group[0]))
-
-
-def _take_in(room: Room, group: Group, part: Callable[[list[Block]], None] | None) -> int:
+def _take_in(room: Room, group: Group) -> int:
     """Wait for one group, and count it; returns its bytes. Its blocks stay claimed to the end of the write-back."""
     copies, event = group
     event.synchronize()
+    copied = 0
     with room.lock:
-        for block, _, end, epoch in copies:
+        for block, begin, end, epoch in copies:
             if block.epoch == epoch:
                 block.host_valid_bytes = end
-    if part is not None:
-        part([copy.block for copy in copies])
-    return _size_bytes(group)
+            copied += end - begin
+    return copied

@@ -111,28 +111,6 @@ def test_who_resumes_issues_the_first_layers_itself(slow: Rig, monkeypatch: pyte
     assert {thread.name for thread, _ in by[one.id][2:] + by[two.id][1:]} == {"djinn-link"}
 
 
-def test_beside_a_write_back_who_resumes_maps_one_layer_and_no_more_first(
-    slow: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A grant takes a millisecond for each extent then. Write-backs stand while the rest is mapped."""
-    session, maps = released(slow, 1), []
-    pager, back = slow.sessions.pager, Region.map
-    monkeypatch.setattr(
-        Region, "map", lambda region, parts: (maps.append((len(parts), pager.maps.taken)), back(region, parts))
-    )
-    with pager.lock:
-        pager.write_backs += 1
-    session.resume()
-    session.wait_until("restored", 10)
-    with pager.lock:
-        pager.write_backs -= 1
-    assert maps[0][0] == 1 and sum(count for count, _ in maps) == LAYERS
-    assert all(taken for _, taken in maps) and not pager.maps.taken
-    fresh, maps[:] = slow.open(), []
-    fresh.forward(prompt())
-    assert len(maps) == LAYERS and not any(taken for _, taken in maps), "a prefill's are ahead of it anyway"
-
-
 def test_whoever_waits_for_the_rest_is_woken_at_its_end(slow: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a thread that no Ctrl-C can wake, and though the books were right a moment before the bring-in was done."""
     session, pager = released(slow, 1), slow.sessions.pager

@@ -42,33 +42,6 @@ def test_memory_comes_back_layer_by_layer(make_rig: MakeRig, monkeypatch) -> Non
     assert torch.equal(session.forward(first.float().argmax(-1)[:, None]), wanted)
 
 
-def test_a_write_back_has_no_more_in_flight_than_keeps_the_link_busy(make_rig: MakeRig, monkeypatch) -> None:
-    """Or a grant would wait for all of it. Here the group under way, and one more."""
-    monkeypatch.setattr(writeback, "GROUP_BYTES", 1)
-    monkeypatch.setattr(writeback, "FLYING_BYTES", 1)
-    issue, take_in, flying, most = writeback._issue_group, writeback._take_in, [], []
-
-    def issued(*args) -> writeback.Group:
-        flying.append(True)
-        most.append(len(flying))
-        assert rig.sessions.pager.write_backs == 1
-        return issue(*args)
-
-    def taken_in(*args) -> int:
-        flying.pop()
-        return take_in(*args)
-
-    monkeypatch.setattr(writeback, "_issue_group", issued)
-    monkeypatch.setattr(writeback, "_take_in", taken_in)
-    rig = make_rig()
-    session = rig.open()
-    session.forward(prompt())
-    session.pause()
-    session.wait_until("clean", 10)
-    assert most == [1, 2] + [2] * (LAYERS - 2) and not flying
-    assert rig.sessions.pager.write_backs == 0
-
-
 def test_a_resume_ends_the_release_where_it_is(make_rig: MakeRig, monkeypatch) -> None:
     monkeypatch.setattr(writeback, "GROUP_BYTES", 1)
     rig = make_rig()
