@@ -228,7 +228,7 @@ class BringIn:
         limit_bytes = 0 if begins or self.by_pass else STEP_BYTES
         if not self._ahead:
             ahead = self._next(self._left, limit_bytes)
-            if begins and not self.by_pass:  # the next step follows soon, and one grant serves both
+            if begins and not (self.by_pass or self._pager.write_backs):  # one grant serves the next step, too
                 ahead += self._next(islice(self._left, len(ahead), None), STEP_BYTES)
             self._map(ahead)
         layers = self._next(self._ahead, limit_bytes)

@@ -15,11 +15,10 @@ KEPT = 256  # the latest ones: what callers do changes
 LEAST = 8  # fewer are no ground for a guess
 ASKED = 64  # of the longer ones, evenly spread: a choice asks for every session
 SOONEST_S = 0.001
-ON_TIME_S = 0.5  # who is no later than this has not been given up: he may wait for others' turns
 
 
 class Lengths:
-    """How long the latest waits were that ended. Thread-safe.
+    """How long the latest waits were that ended, or other values in seconds. Thread-safe.
 
     What has lasted for a while is expected to end after the harmonic mean of what was left of those that lasted longer:
     the mean of their urgencies, so that a good chance to be wanted at once counts for more than a small one to be
@@ -48,6 +47,11 @@ class Lengths:
             if len(self._latest) > KEPT:
                 del self._lengths[bisect_left(self._lengths, self._latest.popleft())]
 
+    def beyond(self, value_s: float) -> int:
+        """How many are larger."""
+        with self._mutex:
+            return len(self._lengths) - bisect_right(self._lengths, value_s)
+
     def left_s(self, so_far_s: float) -> float:
         """Seconds until one is expected to end that has lasted for `so_far_s`."""
         with self._mutex:
@@ -64,27 +68,36 @@ class Pauses:
     Attributes:
         unsaid: of those without a hint, how long they were.
         late: of those with one, by how much it was exceeded.
+        due: when those that came back could be expected at the earliest: at their hint, or from their pause on.
     """
 
     def __init__(self) -> None:
         self.unsaid = Lengths()
         self.late = Lengths()
+        self.due = Lengths()
 
     def ended(self, holding: Holding) -> None:
         """Its pause has ended: the first resume after it was called."""
         paused_s, holding.paused_s = holding.paused_s, None
         hint_s, now_s = holding.expected_resume_s, time.monotonic()
-        if paused_s is not None and hint_s is None:
+        if paused_s is None:
+            return
+        self.due.add(paused_s if hint_s is None else hint_s)
+        if hint_s is None:
             self.unsaid.add(now_s - paused_s)
-        elif paused_s is not None and hint_s < now_s:
+        elif hint_s < now_s:
             self.late.add(now_s - hint_s)
 
     def expected_s(self, holding: Holding) -> float:
-        """When it will be resumed: as its owner said, while that is not long past, else a guess."""
+        """When it will be resumed: as its owner said, until others have overtaken it; else a guess.
+
+        Where many wait for their turn all are late, and who is due first comes first. But where several came back that
+        were due after it, it may have been given up.
+        """
         hint_s, now_s = holding.expected_resume_s, time.monotonic()
         if hint_s is None:
             return now_s + self.unsaid.left_s(now_s - holding.last_use_s)
-        if now_s - hint_s <= ON_TIME_S:
+        if now_s <= hint_s or self.due.beyond(hint_s) < LEAST:
             return hint_s
         return now_s + self.late.left_s(now_s - hint_s)
 

@@ -21,8 +21,8 @@ class Candidate:
         clean: its write-back is complete, so leaving is an unmap.
         last_use_s: when it was last run, on the clock of `now_s`.
         expected_resume_s: when its owner said that it would go on, on the same clock; None when nothing was said.
-        guessed_resume_s: when it will, on the same clock: as its owner said, while that is not past by more than half a
-            second, else going by how long others' pauses were lately, or by how late they came.
+        guessed_resume_s: when it will, on the same clock: as its owner said, or where others have overtaken it or
+            nothing was said, going by how late others came lately, or how long their pauses were.
     """
 
     session: str
@@ -42,9 +42,9 @@ class Policy(Protocol):
 class ExpectedLast:
     """The session that is expected back last goes first (Belady's rule, with a guess for the future).
 
-    Without a hint, or long after it, the pager's guess counts. Clean sessions go before dirty ones: an unmap costs
-    microseconds, a write-back the link's time. Those that had a hint and are expected within `soon_s` go last of all,
-    clean or not: they would have to come straight back.
+    Without a hint, or when it was not kept, the pager's guess counts. Clean sessions go before dirty ones: an unmap
+    costs microseconds, a write-back the link's time. Those that had a hint and are expected within `soon_s` go last of
+    all, clean or not: they would have to come straight back.
     """
 
     def __init__(self, soon_s: float = 0.5) -> None:

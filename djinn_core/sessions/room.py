@@ -48,6 +48,7 @@ class Room:
         d2h_behind: the stream of what passes write behind themselves, which waits for their layers.
         h2d_first: the stream of what a resume cannot begin without, beside what `h2d` has in flight.
         way: for who resumes, up to where its bring-in has begun; passes and workers give it.
+        write_backs: how many are under way.
         pauses: when each is expected back.
         saving: held by the one session that is being saved; it needs all of its state on the host at once.
         events: what happened, oldest first, bounded.
@@ -64,6 +65,7 @@ class Room:
         self.ending = False  # everything is being closed: nobody wants anything
         self.holdings: dict[str, Holding] = {}
         self.way = Way()
+        self.write_backs = 0
         self.pauses = Pauses()
         self.tiers = Tiers(self, host, disk)
         self.staging = Staging(device, pool, self.acquire_one)

@@ -2,9 +2,8 @@
 
 Invariant: a block's host copy counts (`host_valid_bytes`) only when the copy's event is complete and nothing of what it
 read was overwritten meanwhile. KV only grows, so a second pause writes only what is new. All copies are issued at once,
-since gaps between copies are the whole loss, but for way given to who resumes and needs the interpreter and the driver;
-then they are taken in group by group, and whoever gives the memory up unmaps each group while the later ones are still
-on their way.
+since gaps between copies are the whole loss; then they are taken in group by group, and whoever gives the memory up
+unmaps each group while the later ones are still on their way.
 """
 
 from __future__ import annotations
@@ -67,6 +66,8 @@ def write_back(
     groups: list[Group] = []
     full: CapacityError | None = None
     copied = 0
+    with room.lock:
+        room.write_backs += 1
     try:
         _claim(room, holding, blocks, todo)
         if todo:
@@ -86,6 +87,7 @@ def write_back(
                     done.synchronize()
     finally:
         with room.lock:
+            room.write_backs -= 1
             holding.draining = False
             for copy in todo:
                 copy.block.copying_bytes = 0
@@ -130,7 +132,7 @@ def _issue(
     """Issue what the host has room for, `begun` before and an event behind each group; why it was not all."""
     memory = holding.region.tensor
     copies: list[Copy] = []
-    size_bytes, full, until_s = 0, None, room.way.until_s()
+    size_bytes, full = 0, None
     for copy in todo:
         block, begin, end, _ = copy
         try:
@@ -139,8 +141,6 @@ def _issue(
         except CapacityError as error:
             full = error
             break
-        if groups and not copies:
-            room.way.give(until_s)
         copies.append(copy)
         size_bytes += end - begin
         if size_bytes >= GROUP_BYTES:

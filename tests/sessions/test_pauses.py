@@ -13,8 +13,8 @@ from collections.abc import Callable
 import pytest
 
 from djinn_core.errors import OutOfDeviceMemory
-from djinn_core.sessions import Candidate, ExpectedLast, SessionState
-from djinn_core.sessions.pauses import ASKED, KEPT, LEAST, ON_TIME_S, Lengths
+from djinn_core.sessions import Candidate, ExpectedLast, Session, SessionState
+from djinn_core.sessions.pauses import ASKED, KEPT, LEAST, Lengths, Pauses
 from tests.sessions.lives import SESSION_BYTES
 from tests.sessions.oracle import prompt
 from tests.sessions.rigs import MakeRig
@@ -121,14 +121,20 @@ def test_the_guess_is_of_this_session_and_a_hint_goes_before_it(make_rig: MakeRi
     (candidate,) = pager._candidates(None, None, set())
     for guess_s in (candidate.guessed_resume_s, pager.pauses.expected_s(holding)):
         assert guess_s == pytest.approx(time.monotonic() + 40, abs=1)
-    for hint_s in (time.monotonic() + 5, time.monotonic() - ON_TIME_S / 2):
+    for hint_s in (time.monotonic() + 5, time.monotonic() - 50):
         holding.expected_resume_s = hint_s
         assert pager.pauses.expected_s(holding) == hint_s
     (candidate,) = pager._candidates(None, None, set())
     assert candidate.expected_resume_s == candidate.guessed_resume_s == hint_s
 
 
-def test_who_is_late_is_expected_as_late_ones_came(make_rig: MakeRig) -> None:
+def overtake(pauses: Pauses, session: Session) -> None:
+    """So many have come back that were due after it."""
+    for _ in range(LEAST):
+        pauses.due.add(session._holding.expected_resume_s + 1)
+
+
+def test_who_was_overtaken_is_expected_as_late_ones_came(make_rig: MakeRig) -> None:
     """Where too few came so late: as late again as it is."""
     rig = make_rig()
     pauses, session = rig.sessions.pager.pauses, rig.open()
@@ -136,6 +142,8 @@ def test_who_is_late_is_expected_as_late_ones_came(make_rig: MakeRig) -> None:
     session.pause(expected_resume_s=0.0)
     holding = session._holding
     holding.expected_resume_s = time.monotonic() - 20
+    assert pauses.expected_s(holding) == holding.expected_resume_s, "others wait for their turn, too"
+    overtake(pauses, session)
     assert pauses.expected_s(holding) == pytest.approx(time.monotonic() + 20, abs=1)
     for _ in range(LEAST):
         pauses.late.add(25.0)
@@ -153,11 +161,10 @@ def test_who_takes_turns_is_not_sent_away_for_those_who_stay_away(make_rig: Make
         idle.forward(prompt())
         idle.pause(expected_resume_s=hint_s)
         idle.wait_until("clean", 10)
-    time.sleep(2 * ON_TIME_S)  # until who said that he comes at once is late
     gone, several = 0, [rig.open() for _ in range(4)]
-    for turn in range(12 + 40):
+    for turn in range(32 + 40):
         session = several[turn % 4]
-        gone += turn >= 12 and session.state is SessionState.SWAPPED
+        gone += turn >= 32 and session.state is SessionState.SWAPPED
         if turn < 4:
             session.forward(prompt())
         else:
@@ -217,19 +224,41 @@ def test_while_nothing_is_known_room_is_kept_for_who_is_away(make_rig: MakeRig) 
     assert rig.pool.free_bytes >= SESSION_BYTES and len(sessions) > 2
 
 
-def test_who_is_long_overdue_is_not_brought_back(make_rig: MakeRig) -> None:
+@pytest.mark.parametrize("overtaken", [True, False])
+def test_who_was_overtaken_is_not_brought_back(make_rig: MakeRig, overtaken: bool) -> None:
     rig = make_rig()
     session = rig.open()
     session.forward(prompt())
-    session.pause(expected_resume_s=-60.0, release=True)
+    session.pause(expected_resume_s=60.0, release=True)
     session.wait_until("released", 10)
-    time.sleep(0.2)  # some looks ahead
-    assert session.state is SessionState.SWAPPED
-    session._holding.expected_resume_s = time.monotonic() - ON_TIME_S / 2
-    deadline = time.monotonic() + 5
+    with rig.sessions.pager.lock:
+        session._holding.expected_resume_s -= 120
+        if overtaken:
+            overtake(rig.sessions.pager.pauses, session)
+    deadline = time.monotonic() + (0.3 if overtaken else 5)  # some looks ahead
     while session.state is SessionState.SWAPPED and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert session.state is SessionState.PAUSED
+    assert session.state is (SessionState.SWAPPED if overtaken else SessionState.PAUSED)
+
+
+def test_who_overtakes_whom(make_rig: MakeRig) -> None:
+    """Who was due later and came back: by its hint, or without one by when it was paused."""
+    rig = make_rig()
+    pauses, waits, came = rig.sessions.pager.pauses, rig.open(), rig.open()
+    for session in (waits, came):
+        session.forward(prompt())
+    came.pause()
+    waits.pause(expected_resume_s=0.0)
+    came.resume()
+    hint_s = waits._holding.expected_resume_s
+    assert pauses.due.beyond(hint_s) == 0, "it was paused before"
+    for count, later_s in enumerate((None, 0.0, 5.0), 1):
+        came.pause(expected_resume_s=later_s)
+        came.resume()
+        assert pauses.due.beyond(hint_s) == count
+    came.pause(expected_resume_s=-60.0)
+    came.resume()
+    assert pauses.due.beyond(hint_s) == 3
 
 
 def test_who_is_expected_last_is_spilled_first(make_rig: MakeRig) -> None:

@@ -14,7 +14,7 @@ from djinn_core import turn as turn_module
 from djinn_core.errors import BreakpointError, DeviceError, DjinnError
 from djinn_core.memory.extents import Extent
 from djinn_core.memory.regions import Region
-from djinn_core.sessions import SessionState, writeback
+from djinn_core.sessions import SessionState
 from djinn_core.sessions import bringin as bringin_module
 from djinn_core.sessions import room as room_module
 from djinn_core.sessions.bringin import BringIn
@@ -201,30 +201,6 @@ def test_a_write_back_begins_behind_who_resumes(rig: Rig, patient: None, asks: l
         held_up(asks, "djinn-writer")
         assert not session._holding.is_clean()
     session.wait_until("clean", 10)
-
-
-def test_a_write_back_gives_way_between_its_groups(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch, patient: None, asks: list[str]
-) -> None:
-    monkeypatch.setattr(writeback, "GROUP_BYTES", 1)
-    session, pager = rig.open(), rig.sessions.pager
-    session.forward(prompt())
-    issue, arrived, issued = writeback._issue_group, threading.Event(), []
-
-    def issue_one(*args: object) -> None:
-        issue(*args)
-        issued.append(True)
-        assert arrived.wait(10)
-
-    monkeypatch.setattr(writeback, "_issue_group", issue_one)
-    session.pause()
-    wait_for(lambda: issued)
-    with pager.way:
-        arrived.set()
-        held_up(asks, "djinn-writer")
-        assert len(issued) == 1, "the driver was busy with it while someone was arriving"
-    session.wait_until("clean", 10)
-    assert len(issued) == LAYERS
 
 
 def test_an_eviction_gives_way_between_its_pieces(
