@@ -3,9 +3,10 @@
 While some session is off the device, as much is kept free as one of them needs for each caller that is within a
 session's call now, since who pauses one session is about to resume another, and for two where there were several
 callers lately, who may come back at once. So a resume finds extents instead of waiting for evictions. How many sessions
-are RUNNING says less: one that was just opened is, too. Room is made only by unmapping clean sessions that are expected
-after the first of those that are off, and none that a prefetch would bring straight back. Nothing is evicted while
-everyone fits, and since whole sessions leave, and come back only when someone wants them, nobody goes back and forth.
+are RUNNING says less: one that was just opened is, too. Room is made only by unmapping clean sessions, and none that a
+prefetch would bring straight back, or that is expected before the first of those that are off, where all of those have
+hints. Nothing is evicted while everyone fits, and since whole sessions leave, and come back only when someone wants
+them, nobody goes back and forth.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import math
 import threading
 import time
 from heapq import nlargest
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from djinn_core.sessions.holding import Holding
@@ -62,7 +64,7 @@ def look_ahead(pager: Pager) -> None:
     due, wanted_bytes = _due(pager)
     for holding in due:
         wanted_bytes += holding.missing_bytes
-        if not pager.could_free(wanted_bytes, pager.pauses.expected_s(holding)):
+        if not pager.could_free(wanted_bytes, holding.expected_resume_s):
             break  # everyone on the device is expected sooner; a later look tries again
         pager.prefetch(holding)
     if pager.link.idle:  # room is made between resumes, not beside one
@@ -72,17 +74,22 @@ def look_ahead(pager: Pager) -> None:
 def _due(pager: Pager) -> tuple[list[Holding], int]:
     """Sessions whose owners said that they come back soon, the first one first; and what others on their way take.
 
-    Each is due so early that those before it have been copied by then.
+    Each is due so early that those before it have been copied by then. Who may have been given up is not.
     """
     now_s = time.monotonic()
     lead_s, due = PREFETCH_LEAD_S, []
     with pager.lock:
         away = [h for h in pager.holdings.values() if h.state is SessionState.SWAPPED]
         coming_bytes = sum(h.missing_bytes for h in away if h.being_brought)
-        told = [h for h in away if h.expected_resume_s is not None and not (h.prefetch_failed or h.being_brought)]
-        for holding in sorted(told, key=(expected_s := pager.pauses.expected_s)):
-            lead_s += _copy_s(holding)
-            if expected_s(holding) - now_s < lead_s:
+        told = [
+            (h.expected_resume_s, h, _copy_s(h))
+            for h in away
+            if h.expected_resume_s is not None and not (h.prefetch_failed or h.being_brought)
+        ]
+    for hint_s, holding, copy_s in sorted(told, key=itemgetter(0)):
+        if not pager.pauses.given_up(holding):
+            lead_s += copy_s
+            if hint_s - now_s < lead_s:
                 due.append(holding)
     return due, coming_bytes
 
@@ -109,6 +116,8 @@ def keep_room(pager: Pager) -> None:
         if pager.pool.free_bytes >= wanted_bytes:
             return
         lead_s = PREFETCH_LEAD_S + max(_copy_s(h) for h in away)
-    pauses = pager.pauses
+    pauses, due_s = pager.pauses, time.monotonic() + 2 * lead_s
     soonest_s = min(0.0 if pauses.anytime(h) else pauses.expected_s(h) for h in away)
-    pager.make_room_clean(wanted_bytes, soonest_s, time.monotonic() + 2 * lead_s)
+    if all(h.expected_resume_s is not None for h in away):
+        due_s = max(due_s, soonest_s)
+    pager.make_room_clean(wanted_bytes, soonest_s, due_s)

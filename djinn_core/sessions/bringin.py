@@ -75,7 +75,8 @@ class BringIn:
         self.marks: list[tuple[str, float]] = []
         self.wanted_s = time.perf_counter()
         self.begun_s = self.ended_s = 0.0
-        self._limit_s = pager.pauses.expected_s(holding) if prefetch else None  # only who is expected later leaves
+        self._expected_s = holding.expected_resume_s or time.monotonic()
+        self._limit_s = holding.expected_resume_s if prefetch else None  # only who is expected later leaves for it
         self._rows: dict[int, list[Want]] = {}
         self._last: Event | None = None  # behind the last copies
         self._left = deque(order)
@@ -86,8 +87,8 @@ class BringIn:
         """Less is sooner: what ends at once, resumes without a layer yet, resumes in order, then prefetches."""
         if self.cancelled or not self._left:
             return (0, self.wanted_s)
-        if self._limit_s is not None:
-            return (3, self._limit_s)
+        if self.prefetch:
+            return (3, self._expected_s)
         return (1 if self.begins else 2, self.wanted_s)
 
     def cancel(self) -> None:

@@ -75,7 +75,7 @@ class Link:
         try:
             if prepared := job.prepare(wait=False):
                 job.marks.append(("memory held", time.perf_counter()))
-                alone = self._serves_nobody()
+                alone = self._serves_nobody() and not self._pager.write_backs  # a grant takes long beside one
                 self._step(job)
                 job.marks.append(("first step issued", time.perf_counter()))
                 if alone and job.left:

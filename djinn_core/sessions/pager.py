@@ -11,7 +11,6 @@ Not taken: paging single blocks on demand. A session is wanted as a whole, and h
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -38,6 +37,7 @@ from djinn_core.sessions.policy import Policy
 from djinn_core.sessions.state import SessionState, refusal
 from djinn_core.sessions.writer import Writer
 
+FURTHEST_S = 1e9  # thirty years: a clock in seconds still tells milliseconds apart
 AT_ONCE_BLOCKS = 4  # a few tenths of a millisecond to unmap
 HELP_FROM_S = 1.0  # who waits this long for a write-back does it itself; who only looks is not held up
 
@@ -258,7 +258,7 @@ class Pager(Writer):
     def pause(self, holding: Holding, expected_resume_s: float | None, release: bool) -> None:
         """PAUSED, and its write-back under way, or SWAPPED if there was little to do. Returns at once."""
         if expected_resume_s is not None and not (
-            isinstance(expected_resume_s, int | float) and math.isfinite(expected_resume_s)
+            isinstance(expected_resume_s, int | float) and abs(expected_resume_s) < FURTHEST_S
         ):
             raise UsageError(f"expected_resume_s is {expected_resume_s!r}; give seconds from now, or None")
         with self.lock:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from bisect import bisect_left, bisect_right, insort
-from collections import deque
+from collections import Counter, deque
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,10 +15,12 @@ KEPT = 256  # the latest ones: what callers do changes
 LEAST = 8  # fewer are no ground for a guess
 ASKED = 64  # of the longer ones, evenly spread: a choice asks for every session
 SOONEST_S = 0.001
+ON_TIME_S = 0.5  # who is no later than this may come at any moment
+OVERTAKEN = 8  # times, and a session may have been given up
 
 
 class Lengths:
-    """How long the latest waits were that ended, or other values in seconds. Thread-safe.
+    """How long the latest waits were that ended. Thread-safe.
 
     What has lasted for a while is expected to end after the harmonic mean of what was left of those that lasted longer:
     the mean of their urgencies, so that a good chance to be wanted at once counts for more than a small one to be
@@ -47,11 +49,6 @@ class Lengths:
             if len(self._latest) > KEPT:
                 del self._lengths[bisect_left(self._lengths, self._latest.popleft())]
 
-    def beyond(self, value_s: float) -> int:
-        """How many are larger."""
-        with self._mutex:
-            return len(self._lengths) - bisect_right(self._lengths, value_s)
-
     def left_s(self, so_far_s: float) -> float:
         """Seconds until one is expected to end that has lasted for `so_far_s`."""
         with self._mutex:
@@ -68,13 +65,13 @@ class Pauses:
     Attributes:
         unsaid: of those without a hint, how long they were.
         late: of those with one, by how much it was exceeded.
-        due: when those that came back could be expected at the earliest: at their hint, or from their pause on.
     """
 
     def __init__(self) -> None:
         self.unsaid = Lengths()
         self.late = Lengths()
-        self.due = Lengths()
+        self._mutex = threading.Lock()
+        self._came: deque[tuple[float, float, str]] = deque(maxlen=KEPT)  # when, due when at the earliest, and who
 
     def ended(self, holding: Holding) -> None:
         """Its pause has ended: the first resume after it was called."""
@@ -82,24 +79,35 @@ class Pauses:
         hint_s, now_s = holding.expected_resume_s, time.monotonic()
         if paused_s is None:
             return
-        self.due.add(paused_s if hint_s is None else hint_s)
+        due_s = paused_s if hint_s is None else max(hint_s, paused_s)
+        with self._mutex:
+            self._came.append((now_s, due_s, holding.id))
         if hint_s is None:
             self.unsaid.add(now_s - paused_s)
-        elif hint_s < now_s:
-            self.late.add(now_s - hint_s)
+        elif due_s < now_s:
+            self.late.add(now_s - due_s)
 
     def expected_s(self, holding: Holding) -> float:
-        """When it will be resumed: as its owner said, until others have overtaken it; else a guess.
-
-        Where many wait for their turn all are late, and who is due first comes first. But where several came back that
-        were due after it, it may have been given up.
-        """
+        """When it will be resumed: as its owner said, unless it may have been given up; else a guess."""
         hint_s, now_s = holding.expected_resume_s, time.monotonic()
         if hint_s is None:
             return now_s + self.unsaid.left_s(now_s - holding.last_use_s)
-        if now_s <= hint_s or self.due.beyond(hint_s) < LEAST:
+        if not self.given_up(holding):
             return hint_s
         return now_s + self.late.left_s(now_s - hint_s)
+
+    def given_up(self, holding: Holding) -> bool:
+        """Whether it is late, and others have overtaken it: they came back since it paused, and were due after it.
+
+        Where many wait for their turn all are late, but who is due first comes first. One who comes back often is no
+        more than half of those.
+        """
+        hint_s = holding.expected_resume_s
+        if hint_s is None or time.monotonic() - hint_s <= ON_TIME_S:
+            return False
+        with self._mutex:
+            came = [who for when_s, due_s, who in self._came if when_s > holding.last_use_s and due_s > hint_s]
+        return sum(min(count, OVERTAKEN // 2) for count in Counter(came).values()) >= OVERTAKEN
 
     def anytime(self, holding: Holding) -> bool:
         """Whether there is nothing to go by: no hint, and too few pauses yet."""

@@ -21,7 +21,7 @@ class Candidate:
         clean: its write-back is complete, so leaving is an unmap.
         last_use_s: when it was last run, on the clock of `now_s`.
         expected_resume_s: when its owner said that it would go on, on the same clock; None when nothing was said.
-        guessed_resume_s: when it will, on the same clock: as its owner said, or where others have overtaken it or
+        guessed_resume_s: when it will, on the same clock: as its owner said, or where it may have been given up or
             nothing was said, going by how late others came lately, or how long their pauses were.
     """
 

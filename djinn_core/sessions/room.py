@@ -410,16 +410,16 @@ class Room:
         return freed_any
 
     def make_room_clean(self, wanted_bytes: int, limit_s: float, due_s: float) -> None:
-        """Unmap clean sessions not expected before `limit_s` until `wanted_bytes` are free, or none is left.
+        """Unmap clean sessions expected after `due_s` until `wanted_bytes` are free, or none is left.
 
-        Nor those with a hint that are expected before `due_s`: a prefetch would bring them straight back.
+        Those without a hint may leave from `limit_s` on: no prefetch would bring them straight back.
         """
         tried: set[str] = set()
         while (missing := wanted_bytes - self.pool.free_bytes) > 0:
             clean = [
                 c
                 for c in self._candidates(None, None, tried)
-                if c.clean and c.guessed_resume_s > (limit_s if c.expected_resume_s is None else max(limit_s, due_s))
+                if c.clean and c.guessed_resume_s > (min(limit_s, due_s) if c.expected_resume_s is None else due_s)
             ]
             chosen = self._choose(clean, missing)
             holding = self.holdings.get(chosen[0]) if chosen else None

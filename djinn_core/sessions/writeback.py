@@ -66,13 +66,13 @@ def write_back(
     groups: list[Group] = []
     full: CapacityError | None = None
     copied = 0
-    with room.lock:
-        room.write_backs += 1
     try:
         _claim(room, holding, blocks, todo)
         if todo:
             begun, done = (room.device.event(timing=True, blocking=True) for _ in range(2))
             _wait_for_bytes(room, todo)
+            with room.lock:
+                room.write_backs += 1
             try:
                 try:
                     full = _issue(room, holding, todo, groups, optional, begun)
@@ -83,11 +83,12 @@ def write_back(
                     if part is not None:
                         part([copy.block for copy in group[0]])
             finally:
+                with room.lock:
+                    room.write_backs -= 1
                 with contextlib.suppress(DjinnError):  # the failure is being raised; no copy reads any more
                     done.synchronize()
     finally:
         with room.lock:
-            room.write_backs -= 1
             holding.draining = False
             for copy in todo:
                 copy.block.copying_bytes = 0

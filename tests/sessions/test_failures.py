@@ -255,7 +255,7 @@ def test_who_is_admitted_can_run_alone(make_rig: MakeRig) -> None:
     session.forward(prompt())
 
 
-@pytest.mark.parametrize("hint", ["soon", math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("hint", ["soon", math.nan, math.inf, -math.inf, 10**400])
 def test_a_wrong_hint_changes_nothing(rig: Rig, hint: object) -> None:
     session = rig.open()
     session.forward(prompt())

@@ -126,12 +126,19 @@ def test_beside_a_write_back_who_resumes_maps_one_layer_first(slow: Rig, monkeyp
         other.pause()
         other.wait_until("clean", 10)
     assert beside == [1] and pager.write_backs == 0
-    monkeypatch.setattr(Region, "map", lambda region, parts: (maps.append(len(parts)), back(region, parts)))
+    mine = threading.current_thread()
+
+    def mapped(region: Region, parts: list) -> None:
+        maps.append((len(parts), threading.current_thread()))
+        back(region, parts)
+
+    monkeypatch.setattr(Region, "map", mapped)
     pager.write_backs = 1
     session.resume()
     session.wait_until("restored", 10)
     pager.write_backs = 0
-    assert maps[0] == 1 and sum(maps) == LAYERS
+    assert maps[0] == (1, mine) and sum(count for count, _ in maps) == LAYERS
+    assert mine not in [thread for _, thread in maps[1:]], "it has waited for one"
 
 
 def test_whoever_waits_for_the_rest_is_woken_at_its_end(slow: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

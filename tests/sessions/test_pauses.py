@@ -13,8 +13,8 @@ from collections.abc import Callable
 import pytest
 
 from djinn_core.errors import OutOfDeviceMemory
-from djinn_core.sessions import Candidate, ExpectedLast, Session, SessionState
-from djinn_core.sessions.pauses import ASKED, KEPT, LEAST, Lengths, Pauses
+from djinn_core.sessions import Candidate, ExpectedLast, Session, SessionState, ahead
+from djinn_core.sessions.pauses import ASKED, KEPT, LEAST, ON_TIME_S, OVERTAKEN, Lengths, Pauses
 from tests.sessions.lives import SESSION_BYTES
 from tests.sessions.oracle import prompt
 from tests.sessions.rigs import MakeRig
@@ -130,8 +130,8 @@ def test_the_guess_is_of_this_session_and_a_hint_goes_before_it(make_rig: MakeRi
 
 def overtake(pauses: Pauses, session: Session) -> None:
     """So many have come back that were due after it."""
-    for _ in range(LEAST):
-        pauses.due.add(session._holding.expected_resume_s + 1)
+    later_s = session._holding.expected_resume_s + 1
+    pauses._came.extend((time.monotonic(), later_s, f"another {number}") for number in range(OVERTAKEN))
 
 
 def test_who_was_overtaken_is_expected_as_late_ones_came(make_rig: MakeRig) -> None:
@@ -196,21 +196,51 @@ def test_who_is_away_for_long_leaves_for_who_is_due(make_rig: MakeRig) -> None:
 
 
 def test_room_is_kept_at_the_cost_of_no_one_who_is_due(make_rig: MakeRig) -> None:
-    """He would be brought straight back."""
+    """Whom a prefetch would bring straight back; without a hint none would."""
     rig = make_rig()
-    pager, session = rig.sessions.pager, rig.open()
-    session.forward(prompt())
-    session.pause(expected_resume_s=5.0)
-    session.wait_until("clean", 10)
-    now_s, wanted_bytes = time.monotonic(), pager.pool.free_bytes + 1
-    for limit_s, due_s in ((0.0, now_s + 10), (now_s + 10, 0.0)):
-        pager.make_room_clean(wanted_bytes, limit_s, due_s)
-        assert session.state is SessionState.PAUSED
-    pager.make_room_clean(wanted_bytes, now_s + 1, now_s + 1)
-    assert session.state is SessionState.SWAPPED
+    pager = rig.sessions.pager
+    for _ in range(LEAST):
+        pager.pauses.unsaid.add(5.0)
+    told, unsaid = rig.open(), rig.open()
+    for session, hint_s in ((told, 5.0), (unsaid, None)):
+        session.forward(prompt())
+        session.pause(expected_resume_s=hint_s)
+        session.wait_until("clean", 10)
+    now_s, wanted_bytes = time.monotonic(), 1 << 40
+
+    def leave(limit_s: float, due_s: float) -> list[SessionState]:
+        pager.make_room_clean(wanted_bytes, now_s + limit_s, now_s + due_s)
+        return [told.state, unsaid.state]
+
+    assert leave(10, 10) == [SessionState.PAUSED, SessionState.PAUSED]
+    assert leave(1, 10) == [SessionState.PAUSED, SessionState.SWAPPED]
+    assert leave(10, 1) == [SessionState.SWAPPED, SessionState.SWAPPED]
 
 
-def test_while_nothing_is_known_room_is_kept_for_who_is_away(make_rig: MakeRig) -> None:
+@pytest.mark.parametrize("hint_s", [None, 600.0])
+def test_for_who_said_nothing_room_is_kept_at_the_cost_of_who_is_not_due(make_rig: MakeRig, hint_s: float) -> None:
+    """It may come back at any time, and would wait for an eviction. Who said that he comes later takes none away."""
+    rig = make_rig(device_bytes=6 * SESSION_BYTES)
+    pager, sessions = rig.sessions.pager, []
+    for _ in range(LEAST):
+        pager.pauses.unsaid.add(5.0)
+    while not any(s.state is SessionState.SWAPPED for s in sessions):
+        sessions.append(rig.open())
+        sessions[-1].forward(prompt())
+        sessions[-1].pause(expected_resume_s=hint_s if len(sessions) == 1 else None)
+        sessions[-1].wait_until("clean", 10)
+        sessions[0]._holding.last_use_s -= 60  # the guess is that it is away for long
+    deadline = time.monotonic() + (0.3 if hint_s else 5)
+    while rig.pool.free_bytes < SESSION_BYTES and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (rig.pool.free_bytes >= SESSION_BYTES) == (hint_s is None)
+
+
+def test_while_nothing_is_known_room_is_kept_for_who_is_away(
+    make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the cost of whoever was used last, however lately."""
+    monkeypatch.setattr(ahead, "PREFETCH_LEAD_S", 60.0)
     rig = make_rig(device_bytes=6 * SESSION_BYTES)
     sessions = []
     while not any(s.state is SessionState.SWAPPED for s in sessions):
@@ -242,23 +272,68 @@ def test_who_was_overtaken_is_not_brought_back(make_rig: MakeRig, overtaken: boo
 
 
 def test_who_overtakes_whom(make_rig: MakeRig) -> None:
-    """Who was due later and came back: by its hint, or without one by when it was paused."""
+    """Those that came back since it was paused, and were due later: by their hint, or from their pause on."""
     rig = make_rig()
-    pauses, waits, came = rig.sessions.pager.pauses, rig.open(), rig.open()
-    for session in (waits, came):
+    pauses = rig.sessions.pager.pauses
+    waits, *others = [rig.open() for _ in range(4)]
+    for session in (waits, *others):
         session.forward(prompt())
-    came.pause()
-    waits.pause(expected_resume_s=0.0)
-    came.resume()
-    hint_s = waits._holding.expected_resume_s
-    assert pauses.due.beyond(hint_s) == 0, "it was paused before"
-    for count, later_s in enumerate((None, 0.0, 5.0), 1):
-        came.pause(expected_resume_s=later_s)
-        came.resume()
-        assert pauses.due.beyond(hint_s) == count
-    came.pause(expected_resume_s=-60.0)
-    came.resume()
-    assert pauses.due.beyond(hint_s) == 3
+
+    def come_back(session: Session, hint_s: float | None, times: int = OVERTAKEN) -> bool:
+        for _ in range(times):
+            session.pause(expected_resume_s=hint_s)
+            session.resume()
+        return pauses.given_up(waits._holding)
+
+    def wait(hint_s: float) -> None:
+        waits.pause(expected_resume_s=hint_s)
+        waits._holding.expected_resume_s -= 2 * ON_TIME_S
+        waits._holding.last_use_s -= 3 * ON_TIME_S
+
+    assert not come_back(others[0], 600.0)
+    wait(0.0)
+    waits._holding.last_use_s = time.monotonic()
+    assert not pauses.given_up(waits._holding), "they came back before it was paused"
+    assert not come_back(others[1], None), "one alone, however often"
+    assert not come_back(others[2], -60.0, OVERTAKEN // 2 - 1)
+    assert come_back(others[2], None, 1)
+    waits._holding.expected_resume_s = time.monotonic() - ON_TIME_S / 2
+    assert not pauses.given_up(waits._holding), "it is hardly late"
+    assert not pauses.given_up(others[0]._holding)
+    waits.resume()
+    pauses._came.clear()
+    wait(1.5 * ON_TIME_S)
+    came = [(time.monotonic(), waits._holding.expected_resume_s - 1, f"{number}") for number in range(OVERTAKEN)]
+    pauses._came.extend(came)
+    time.sleep(1.1 * ON_TIME_S)
+    assert not pauses.given_up(waits._holding), "they were due before it"
+
+
+def test_a_hint_of_the_past_says_nothing_of_lateness(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    session = rig.open()
+    session.forward(prompt())
+    session.pause(expected_resume_s=-600.0)
+    session.resume()
+    assert all(late_s < 60 for late_s in rig.sessions.pager.pauses.late._lengths)
+
+
+def test_a_prefetch_that_its_owner_asks_for_makes_room(make_rig: MakeRig) -> None:
+    """Without a hint, and whatever the guess."""
+    rig = make_rig(device_bytes=3 * SESSION_BYTES)
+    pager, sessions = rig.sessions.pager, []
+    while not sessions or sessions[0].state is not SessionState.SWAPPED:
+        sessions.append(rig.open())
+        sessions[-1].forward(prompt())
+        sessions[-1].pause()
+        sessions[-1].wait_until("clean", 10)
+    for _ in range(LEAST):
+        pager.pauses.unsaid.add(10.0)
+    away = sessions[0]
+    away._holding.last_use_s -= 300
+    away.prefetch()
+    away.wait_until("restored", 10)
+    assert away.state is SessionState.PAUSED and away.device_bytes == SESSION_BYTES
 
 
 def test_who_is_expected_last_is_spilled_first(make_rig: MakeRig) -> None:
