@@ -111,36 +111,6 @@ def test_who_resumes_issues_the_first_layers_itself(slow: Rig, monkeypatch: pyte
     assert {thread.name for thread, _ in by[one.id][2:] + by[two.id][1:]} == {"djinn-link"}
 
 
-def test_beside_a_write_back_who_resumes_maps_one_layer_first(slow: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A grant takes a millisecond for each extent there."""
-    pager, maps, back, copy_all = slow.sessions.pager, [], Region.map, slow.device.copy_all
-    session, other, beside = released(slow, 1), slow.open(), []
-
-    def watched(*args: object, **options: object) -> None:
-        beside.append(pager.write_backs)
-        copy_all(*args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(slow.device, "copy_all", watched)
-        other.forward(prompt())
-        other.pause()
-        other.wait_until("clean", 10)
-    assert beside == [1] and pager.write_backs == 0
-    mine = threading.current_thread()
-
-    def mapped(region: Region, parts: list) -> None:
-        maps.append((len(parts), threading.current_thread()))
-        back(region, parts)
-
-    monkeypatch.setattr(Region, "map", mapped)
-    pager.write_backs = 1
-    session.resume()
-    session.wait_until("restored", 10)
-    pager.write_backs = 0
-    assert maps[0] == (1, mine) and sum(count for count, _ in maps) == LAYERS
-    assert mine not in [thread for _, thread in maps[1:]], "it has waited for one"
-
-
 def test_whoever_waits_for_the_rest_is_woken_at_its_end(slow: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a thread that no Ctrl-C can wake, and though the books were right a moment before the bring-in was done."""
     session, pager = released(slow, 1), slow.sessions.pager

@@ -434,26 +434,6 @@ def test_memory_stays_under_an_earlier_copy_when_a_later_one_is_done(make_rig: M
     assert early and not any(early)
 
 
-def test_who_arrives_while_room_is_looked_for_may_leave(make_rig: MakeRig, monkeypatch) -> None:
-    """On his way at the look at those who could leave, and there at the look at those who are on their way."""
-    rig = make_rig(device_bytes=2 * SESSION_BYTES)
-    pager = rig.sessions.pager
-    victim, other, _, ids, _ = two_that_do_not_fit(rig)
-    victim.prefetch()
-    victim.wait_until("restored", 10)
-    victim.wait_until("clean", 10)
-    able, looks = pager._able, []
-
-    def none_at_first(keep, *args):
-        looks.append(keep)
-        return [] if looks.count(other._holding) == 1 and keep is other._holding else able(keep, *args)
-
-    monkeypatch.setattr(pager, "_able", none_at_first)
-    other.resume()
-    other.forward(ids)
-    assert looks.count(other._holding) > 1 and victim.state is SessionState.SWAPPED
-
-
 def test_who_makes_room_looks_again_before_waiting(make_rig: MakeRig, monkeypatch) -> None:
     """As above, between the look at the one that is to leave and its write-back."""
     rig = make_rig(device_bytes=2 * SESSION_BYTES)

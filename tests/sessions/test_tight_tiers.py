@@ -220,6 +220,28 @@ def test_nobody_is_refused_for_a_prefetch(make_rig: MakeRig, monkeypatch) -> Non
     assert torch.equal(session.forward(ids), wanted)
 
 
+def test_who_arrives_while_room_is_looked_for_may_leave(make_rig: MakeRig, monkeypatch) -> None:
+    """On his way at the look at those who could leave, and there at the look at those who are on their way."""
+    rig = make_rig(device_bytes=2 * SESSION_BYTES)
+    pager, victim = rig.sessions.pager, begun(rig)[0]
+    leave(victim)
+    other, ids, wanted = begun(rig)
+    leave(other)
+    victim.prefetch()
+    victim.wait_until("restored", 10)
+    victim.wait_until("clean", 10)
+    able, looks = pager._able, []
+
+    def none_at_first(keep, *args):
+        looks.append(keep)
+        return [] if looks.count(other._holding) == 1 and keep is other._holding else able(keep, *args)
+
+    monkeypatch.setattr(pager, "_able", none_at_first)
+    other.resume()
+    assert torch.equal(other.forward(ids), wanted)
+    assert looks.count(other._holding) > 1 and victim.state is SessionState.SWAPPED
+
+
 def test_who_lends_to_another_may_leave_soon(make_rig: MakeRig) -> None:
     rig = make_rig(device_bytes=3 * SESSION_BYTES)
     lender, coming, other = begun(rig)[0], begun(rig)[0], rig.open()

@@ -203,6 +203,36 @@ def test_a_write_back_begins_behind_who_resumes(rig: Rig, patient: None, asks: l
     session.wait_until("clean", 10)
 
 
+def test_beside_a_write_back_who_resumes_maps_one_layer_first(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grant takes a millisecond for each extent there."""
+    pager, copy_all, beside = rig.sessions.pager, rig.device.copy_all, []
+    session = rig.open()
+    session.forward(prompt())
+
+    def watched(*args: object, **options: object) -> None:
+        beside.append(pager.write_backs)
+        copy_all(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.device, "copy_all", watched)
+        session.pause(release=True)
+        session.wait_until("released", 10)
+    assert beside == [1] and pager.write_backs == 0
+    mine, maps, back = threading.current_thread(), [], Region.map
+
+    def mapped(region: Region, parts: list) -> None:
+        maps.append((len(parts), threading.current_thread()))
+        back(region, parts)
+
+    monkeypatch.setattr(Region, "map", mapped)
+    pager.write_backs = 1
+    session.resume()
+    session.wait_until("restored", 10)
+    pager.write_backs = 0
+    assert maps[0] == (1, mine) and sum(count for count, _ in maps) == LAYERS
+    assert mine not in [thread for _, thread in maps[1:]], "it has waited for one"
+
+
 def test_an_eviction_gives_way_between_its_pieces(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, patient: None, asks: list[str]
 ) -> None:
