@@ -412,10 +412,12 @@ class Room:
     def make_room_clean(self, wanted_bytes: int, limit_s: float, due_s: float) -> None:
         """Unmap clean sessions expected after `due_s` until `wanted_bytes` are free, or none is left.
 
-        Those without a hint may leave from `limit_s` on: no prefetch would bring them straight back.
+        Those without a hint may leave from `limit_s` on: no prefetch would bring them straight back. Nobody waits for
+        it, so it gives way.
         """
         tried: set[str] = set()
         while (missing := wanted_bytes - self.pool.free_bytes) > 0:
+            self.way.give()
             clean = [
                 c
                 for c in self._candidates(None, None, tried)
@@ -426,6 +428,7 @@ class Room:
             if holding is None:
                 return
             tried.add(holding.id)
+            self.way.give()
             if holding.is_clean():
                 self._try_evict(holding)
 

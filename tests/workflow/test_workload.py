@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from types import SimpleNamespace
 
@@ -33,6 +34,14 @@ def test_callers_give_everyone_a_turn_two_at_a_time() -> None:
     assert sorted(done) == [0, 1, 2, 3] and all(len(guest.seen) == 1 for guest in guests)
     assert len({who for guest in guests for who in guest.seen}) == 2
     assert 0 < cpu_s < 10
+
+
+@pytest.mark.parametrize("cores", [None, 1])
+def test_callers_keep_to_neighbouring_cores(cores: int | None) -> None:
+    before, seen = os.sched_getaffinity(0), []
+    call_together(2, lambda: seen.append(os.sched_getaffinity(0)), cores)
+    assert seen == 2 * [before if cores is None else {max(before)}]
+    assert os.sched_getaffinity(0) == before, "who starts them stays where he may be"
 
 
 def test_a_callers_failure_is_the_experiments() -> None:

@@ -201,7 +201,7 @@ def take_rounds(
 
     cpu_s = 0.0
     for round_index in range(workload.rounds):
-        cpu_s += run_turns(tenants, workload.order(seed, round_index), callers, done)
+        cpu_s += run_turns(tenants, workload.order(seed, round_index), callers, done, exp.config["caller_cores"])
     exp.result.sample("caller_cpu_s", cpu_s, "s", **dims)
 
 

@@ -247,7 +247,7 @@ def uncontended(exp: harness.Experiment, bench: Bench, runtime: djinn.Runtime, w
                 times = tenant.turn()
                 pressure.record_times(exp, times, {"method": "djinn_uncontended", "warmup": repeat == 0})
 
-    call_together(1, call)
+    call_together(1, call, exp.config["caller_cores"])
     tenant.close()
 
 
@@ -303,7 +303,7 @@ def think(
                         heapq.heappush(due, (time.monotonic() + pause_s, turn + 1, number))
                     condition.notify_all()
 
-    call_together(exp.config["callers"], serve)
+    call_together(exp.config["callers"], serve, exp.config["caller_cores"])
     share = np.mean(
         [r["value"] for r in exp.result.samples if r["metric"] == "found_resident" and r["variant"] == variant]
     )
