@@ -8,8 +8,7 @@ outermost hold ends.
 Who would hold the turn only to wait for copies is not ready for it: he keeps his place, and others go first meanwhile.
 
 Who resumes a session has a little to issue before it asks for its turn, and what it issues first is the copies that it
-will wait for. `Way` lets it: passes and workers give way between two of their steps, and who resumes follows who did so
-before.
+will wait for. `Way` lets it: passes and workers give way between two of their steps.
 """
 
 from __future__ import annotations
@@ -180,8 +179,7 @@ class Way:
 
     All issue from Python, which runs one thread at a time: without it, what takes a millisecond alone takes the rest
     of a time slice for each time that the interpreter, or the core, goes to the other one. Nobody is waited for longer
-    than `PATIENCE_S` from when he came, or, by who is within as well, from when that one came; and who has to wait
-    himself had better `leave`.
+    than `PATIENCE_S` from when he came, and who has to wait himself had better `leave`.
     """
 
     def __init__(self) -> None:
@@ -205,20 +203,6 @@ class Way:
         with self._changed:
             if self._since_s.pop(threading.get_ident(), None) is not None:
                 self._changed.notify_all()
-
-    def follow(self) -> None:
-        """Return when nobody is within who came before the calling thread, or `PATIENCE_S` after this one came.
-
-        Of several who begin at once each would take as long as all of them together. Who is not within goes on.
-        """
-        me = threading.get_ident()
-        if len(self._since_s) < 2 or (mine_s := self._since_s.get(me)) is None:
-            return
-        with self._changed:
-            while any(since_s < mine_s for since_s in self._since_s.values()):
-                if (left_s := mine_s + PATIENCE_S - time.perf_counter()) <= 0:
-                    return
-                self._changed.wait(left_s)
 
     @staticmethod
     def until_s() -> float:

@@ -58,8 +58,8 @@ class Graph(Protocol):
     def abandon(self) -> None:
         """Instead of `end`, where recording failed."""
 
-    def replay(self) -> None:
-        """Do what was recorded, in the order of the calling thread's stream."""
+    def replay(self, stream: Stream) -> None:
+        """Do what was recorded, in the order of `stream`."""
 
 
 class HostBytes(Protocol):

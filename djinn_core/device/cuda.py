@@ -109,9 +109,8 @@ class CudaGraph:
         with self._outside:
             return driver.cuStreamEndCapture(self._stream.cuda_stream)
 
-    def replay(self) -> None:
-        stream = torch.cuda.current_stream(self._index).cuda_stream
-        if code := driver.cuGraphLaunch(self._launched, stream)[0]:
+    def replay(self, stream: Stream) -> None:
+        if code := driver.cuGraphLaunch(self._launched, stream.cuda_stream)[0]:
             raise DeviceError(describe("cuGraphLaunch", code))
 
     def __del__(self) -> None:

@@ -5,11 +5,14 @@ As on a GPU, nothing has been done when the recording ends: what it returned is 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+if TYPE_CHECKING:
+    from djinn_core.device.base import Stream
 
 UNKNOWN = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
@@ -51,7 +54,7 @@ class HostGraph(TorchDispatchMode):
             self._made.update(map(_memory, _tensors(out)))
         return out
 
-    def replay(self) -> None:
+    def replay(self, stream: Stream) -> None:
         for func, args, kwargs, made in self._steps:
             for mine, new in zip(made, _tensors(func(*args, **kwargs)), strict=False):
                 mine.copy_(new)

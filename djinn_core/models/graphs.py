@@ -21,7 +21,8 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from operator import is_
+from itertools import repeat
+from operator import attrgetter, contains, is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +35,7 @@ from transformers import Cache
 
 from djinn_core.interrupts import Uninterrupted
 from djinn_core.models.layercalls import copied, first_of, hidden_of, replace_hidden
-from djinn_core.models.recording import NotRecorded, Recorded, Recording
+from djinn_core.models.recording import NotRecorded, Places, Recorded, Recording
 
 if TYPE_CHECKING:
     from djinn_core.device.base import Device, Graph, Stream
@@ -49,6 +50,7 @@ PRECISIONS = (  # of `torch.backends.cuda.matmul`; an older torch has not all of
     "allow_bf16_reduced_precision_reduction",
 )
 
+_forward_of, _trains = attrgetter("forward"), attrgetter("training")
 _log = logging.getLogger("djinn.graphs")
 
 
@@ -70,18 +72,22 @@ class _Call:
 
 
 class _Watched:
-    """A layer, and whether it is still what was recorded."""
+    """A layer, and whether it is still what was recorded. Asked in every layer of every token: no loop in Python."""
 
     def __init__(self, layer: nn.Module) -> None:
         modules = list(layer.modules())
+        self._modules = modules
         self._hooks = [_global_forward_hooks, _global_forward_pre_hooks]
         self._hooks += [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._inside = [vars(module) for module in modules[1:]]  # the layer's own `forward` is the boundary's
-        self._modules = [(module, type(module), type(module).forward) for module in modules]
         self._outside = vars(layer), vars(layer).get("forward")
-        self._sizes = [(module._modules, len(module._modules)) for module in modules]
-        self._children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
-        self._tensors = [(group, name) for m in modules for group in (m._parameters, m._buffers) for name in group]
+        self._children = [module._modules for module in modules]
+        self._had = [dict(children) for children in self._children]
+        self._classes = list(map(type, modules))
+        self._kinds = list(dict.fromkeys(self._classes))
+        self._forwards = list(map(_forward_of, self._kinds))
+        tensors = [(group, name) for m in modules for group in (m._parameters, m._buffers) for name in group]
+        self._groups, self._names = [group for group, _ in tensors], [name for _, name in tensors]
 
     @property
     def altered(self) -> bool:
@@ -89,20 +95,22 @@ class _Watched:
         return (
             any(self._hooks)
             or self._outside[0].get("forward") is not self._outside[1]
-            or any(len(children) != size for children, size in self._sizes)
-            or any(children.get(name) is not child for children, name, child in self._children)
-            or any(
-                type(module) is not kind or kind.forward is not forward or module.training
-                for module, kind, forward in self._modules
-            )
-            or any("forward" in attributes for attributes in self._inside)
+            or self._children != self._had
+            or list(map(type, self._modules)) != self._classes
+            or list(map(_forward_of, self._kinds)) != self._forwards
+            or any(map(_trains, self._modules))
+            or any(map(contains, self._inside, repeat("forward")))
         )
 
     @property
-    def places(self) -> list[tuple | None]:
-        """Which parameters and buffers it has, and where; None for one that it has not."""
-        found = (group.get(name) for group, name in self._tensors)
-        return [None if tensor is None else (id(tensor), tensor.data_ptr(), tensor.stride()) for tensor in found]
+    def places(self) -> Places:
+        """Which parameters and buffers it has, and where."""
+        return Places(list(map(dict.get, self._groups, self._names)))
+
+    def moved(self, since: Places) -> bool:
+        """Whether a parameter or buffer is another one now, or elsewhere."""
+        found = map(dict.get, self._groups, self._names)
+        return not all(map(is_, found, since.tensors)) or since.moved
 
 
 class LayerGraphs:
@@ -174,11 +182,11 @@ class LayerGraphs:
         found = call.layers.get(index)
         if found is None and index in call.layers:
             return original(*args, **kwargs)
-        if found is None or found.places != self._watched[index].places:
+        if found is None or self._watched[index].moved(found.places):
             return self._first_time(index, original, args, kwargs)
         if found.proofs < PROOFS:
             return self._prove(index, found, original, args, kwargs)
-        out = found.issue(hidden, call.cache.layers[index])
+        out = found.issue(hidden, call.cache.layers[index], self._stream)
         return out if self._comes_next(index + 1) else copied(out)
 
     def _altered(self, index: int) -> bool:
@@ -243,7 +251,7 @@ class LayerGraphs:
             mine = torch.empty_like(hidden_of(args, kwargs)) if before is None else before.out
             mine.copy_(hidden_of(args, kwargs))
             try:
-                recording = Recording(self._graph, mine, call.cache.layers[index])
+                recording = Recording(self._graph, self._stream, mine, call.cache.layers[index])
                 given = _with(call.inputs, mine, recording, args, kwargs)
                 return recording.record(original, *given, self._watched[index].places)
             except NotRecorded as reason:
@@ -257,7 +265,7 @@ class LayerGraphs:
         """What the layer's own code returns; graphs that give anything else, in K and V too, are not used."""
         cache_layer, why = self._call.cache.layers[index], "its graphs give other values than its own code"
         try:
-            recorded.issue(hidden_of(args, kwargs), cache_layer)
+            recorded.issue(hidden_of(args, kwargs), cache_layer, self._stream)
         except Exception as error:  # noqa: BLE001 - the layer's own code runs without graphs
             recorded, why = None, f"{type(error).__name__}: {error}"
         out = original(*args, **kwargs)  # last, so that the cache holds what it writes

@@ -7,8 +7,8 @@ in another way says so by not getting there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -16,13 +16,15 @@ from torch.nn.functional import scaled_dot_product_attention as attention
 from torch.overrides import TorchFunctionMode
 
 if TYPE_CHECKING:
-    from djinn_core.device.base import Graph
+    from djinn_core.device.base import Graph, Stream
 
 
 class CacheLayer(Protocol):
     """What a layer's part of the cache must offer: `SessionLayer`."""
 
     def update(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def append(self, new: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]: ...
 
     def written(self, count: int) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -31,6 +33,26 @@ class CacheLayer(Protocol):
 
 class NotRecorded(Exception):
     """Why a layer cannot be recorded."""
+
+
+class Places:
+    """A layer's parameters and buffers, None for one that it has not, and where each lies.
+
+    They are held, so that none of their addresses can become another tensor's.
+    """
+
+    def __init__(self, tensors: list[torch.Tensor | None]) -> None:
+        self.tensors = tensors
+        self._there = [tensor for tensor in tensors if tensor is not None]
+        self._at = self._now()
+
+    @property
+    def moved(self) -> bool:
+        """One of them has been given other memory, or another layout."""
+        return self._now() != self._at
+
+    def _now(self) -> tuple[list[int], list[tuple[int, ...]]]:
+        return list(map(torch.Tensor.data_ptr, self._there)), list(map(torch.Tensor.stride, self._there))
 
 
 @dataclass(eq=False)
@@ -54,17 +76,21 @@ class Recorded:
     behind: Graph
     out: torch.Tensor
     extras: tuple[None, ...] | None
-    places: list[tuple | None]
+    places: Places
     proofs: int = 0
+    new: tuple[torch.Tensor, torch.Tensor] = field(init=False)  # K and V [B, H_kv, head_dim]
 
-    def issue(self, hidden: torch.Tensor, cache_layer: CacheLayer) -> Any:
+    def __post_init__(self) -> None:
+        self.new = self.keys[:, :, 0], self.values[:, :, 0]
+
+    def issue(self, hidden: torch.Tensor, cache_layer: CacheLayer, stream: Stream) -> Any:
         """What the layer returns; its tensor is overwritten when the layer is issued again."""
         if hidden is not self.hidden:
             self.hidden.copy_(hidden)
-        self.before.replay()
-        keys, values = cache_layer.update(self.keys, self.values)
+        self.before.replay(stream)
+        keys, values = cache_layer.append(self.new)
         self.attended.copy_(attention(self.query, keys, values, **self.settings))
-        self.behind.replay()
+        self.behind.replay(stream)
         return self.out if self.extras is None else (self.out, *self.extras)
 
 
@@ -73,11 +99,15 @@ class Recording(TorchFunctionMode):
 
     Args:
         graph: makes a new graph.
+        stream: of the pass.
         hidden: [B, 1, hidden], what the graphs will read.
     """
 
-    def __init__(self, graph: Callable[[], Graph], hidden: torch.Tensor, cache_layer: CacheLayer) -> None:
+    def __init__(
+        self, graph: Callable[[], Graph], stream: Stream, hidden: torch.Tensor, cache_layer: CacheLayer
+    ) -> None:
         super().__init__()
+        self._stream = stream
         self._hidden = hidden
         self._cache_layer = cache_layer
         self._graphs = (graph(), graph())
@@ -86,7 +116,7 @@ class Recording(TorchFunctionMode):
         self._all: tuple[torch.Tensor, torch.Tensor] | None = None  # what stands for the cache's
         self._attention: tuple[torch.Tensor, dict[str, Any], torch.Tensor] | None = None
 
-    def record(self, original: Callable[..., Any], args: tuple, kwargs: dict, places: list[tuple | None]) -> Recorded:
+    def record(self, original: Callable[..., Any], args: tuple, kwargs: dict, places: Places) -> Recorded:
         """The graphs of `original(*args, **kwargs)`, in which this recording stands for the cache.
 
         Raises:
@@ -137,7 +167,7 @@ class Recording(TorchFunctionMode):
         if attn_mask is not None or dropout_p or is_causal:
             raise NotRecorded("its attention has a mask, is causal, or drops out")
         self._end()
-        self._graphs[0].replay()
+        self._graphs[0].replay(self._stream)
         out = attention(query, *self._cache_layer.update(*self._new), **settings)
         attended = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device)
         self._attention = query, settings, attended

@@ -1,9 +1,8 @@
 """The link to the device: bring-ins under way share it step by step, the most urgent first.
 
 A resume's first layer is issued by the thread that resumes, if nobody has to be waited for: it wants that layer before
-anything else, and a worker would first have to wake and to get the interpreter. Of two that resume at once, one begins
-behind the other. Where nobody else is on the link it issues the second step too, or the link would idle until the
-worker is there. One worker issues what comes after.
+anything else, and a worker would first have to wake and to get the interpreter. Where nobody else is on the link it
+issues the second step too, or the link would idle until the worker is there. One worker issues what comes after.
 Before each step it asks again who is the most urgent, and it keeps so much in flight that the link never idles when the
 worker is late, and no more: who resumes meanwhile gets his first layer after the step under way, since steps give way
 to it (`Device.copy_all`), and the next behind all that is in flight. While that much is on its way the worker maps the
@@ -74,7 +73,6 @@ class Link:
         with self._changed:
             self._stages[job] = Stage.WAITING  # the workers need not wake for it
         try:
-            self._pager.way.follow()
             if prepared := job.prepare(wait=False):
                 job.marks.append(("memory held", time.perf_counter()))
                 alone = self._serves_nobody() and not self._pager.write_backs  # a grant takes long beside one

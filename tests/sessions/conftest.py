@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from djinn_core.device.base import Stream
 from djinn_core.device.hostgraph import HostGraph
 from tests.sessions import rigs
 
@@ -36,9 +37,9 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[HostGraph]:
     seen: list[HostGraph] = []
     plain = HostGraph.replay
 
-    def replay(self: HostGraph) -> None:
+    def replay(self: HostGraph, stream: Stream) -> None:
         seen.append(self)
-        plain(self)
+        plain(self, stream)
 
     monkeypatch.setattr(HostGraph, "replay", replay)
     return seen

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from djinn_core.device.base import Stream
 from djinn_core.device.hostgraph import HostGraph
 from djinn_core.models import graphs
 from djinn_core.models.graphs import PROOFS
@@ -147,11 +148,11 @@ def test_a_layer_that_asks_for_a_value_is_not_recorded(rig) -> None:
 def test_graphs_that_fail_are_not_used(rig, monkeypatch) -> None:
     plain, calls = HostGraph.replay, []
 
-    def failing(self: HostGraph) -> None:
+    def failing(self: HostGraph, stream: Stream) -> None:
         calls.append(self)
         if len(calls) == 3:  # the second graph of layer 0, in its first proof
             raise RuntimeError("launch failed")
-        plain(self)
+        plain(self, stream)
 
     monkeypatch.setattr(HostGraph, "replay", failing)
     oracle, session = Oracle(rig.stock), rig.open()
@@ -231,8 +232,8 @@ def test_no_more_kinds_of_call_are_recorded_than_are_kept(rig, monkeypatch) -> N
 def test_graphs_that_say_something_else_are_not_used(rig, monkeypatch) -> None:
     plain = HostGraph.replay
 
-    def wrong(self: HostGraph) -> None:
-        plain(self)
+    def wrong(self: HostGraph, stream: Stream) -> None:
+        plain(self, stream)
         self._steps[-1][-1][-1].add_(1)
 
     monkeypatch.setattr(HostGraph, "replay", wrong)
@@ -250,8 +251,8 @@ def test_graphs_that_write_other_keys_are_not_used(rig, monkeypatch) -> None:
         layer.self_attn.o_proj.weight.zero_()
     plain = HostGraph.replay
 
-    def wrong(self: HostGraph) -> None:
-        plain(self)
+    def wrong(self: HostGraph, stream: Stream) -> None:
+        plain(self, stream)
         last = self._steps[-1][-1][-1]
         if last.dim() == 4:  # K with its positions ends the first graph
             last.add_(1)

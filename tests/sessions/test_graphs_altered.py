@@ -145,6 +145,19 @@ class Sequence(nn.Sequential):
     """A place where modules may be added."""
 
 
+def test_a_layer_that_is_trained_runs_its_own_code(rig, replays) -> None:
+    oracle, session, logits = begun(rig)
+    rig.served.model.layers[1].mlp.train()
+    replays.clear()
+    wanted = oracle.greedy(logits, 1)
+    assert equal(speak(session, logits, 1), wanted)
+    assert len(replays) == 2 * (LAYERS - 1)
+    rig.served.eval()
+    replays.clear()
+    assert equal(speak(session, wanted[0], 1), oracle.greedy(wanted[0], 1))
+    assert len(replays) == 2 * LAYERS
+
+
 def test_a_module_that_is_added_is_seen(rig) -> None:
     for layer in rig.served.model.layers:
         layer.mlp.act_fn = Sequence(nn.SiLU()).eval()

@@ -324,7 +324,6 @@ def test_the_link_looks_again_for_the_most_urgent_when_it_has_given_way(
         session.wait_until("released", 10)
     steps, step = [], BringIn.step
     monkeypatch.setattr(BringIn, "step", lambda job: (steps.append(job.holding), step(job))[1])
-    monkeypatch.setattr(Way, "follow", lambda way: None)  # here it is who holds the link up that is within
     caller = threading.Thread(target=late.resume)
     with rig.sessions.pager.way:
         early.prefetch()
@@ -367,51 +366,6 @@ def test_who_is_within_waits_for_nobody(patient: None) -> None:
     for caller in callers:
         caller.join()
     assert time.perf_counter() - begun_s < 10
-
-
-@pytest.mark.parametrize("patience_s", [0.2, 30.0])
-def test_of_two_within_the_second_one_follows(monkeypatch: pytest.MonkeyPatch, patience_s: float) -> None:
-    monkeypatch.setattr(turn_module, "PATIENCE_S", patience_s)
-    way, within, went = Way(), threading.Event(), threading.Event()
-
-    def come() -> None:
-        with way:
-            within.set()
-            way.follow()
-            went.set()
-
-    caller = threading.Thread(target=come)
-    with way:
-        begun_s = time.perf_counter()
-        way.follow()
-        caller.start()
-        assert within.wait(10)
-        way.follow()
-        assert time.perf_counter() - begun_s < 0.15, "who came first waited for who came second"
-        assert went.wait(0.1) is False
-        assert went.wait(1.0) is (patience_s < 1), "he is not followed for ever"
-    caller.join()
-    way.follow()  # nobody is within, and the calling thread is not either
-
-
-def test_of_two_resumes_at_once_one_begins_behind_the_other(rig: Rig, patient: None) -> None:
-    session, begun, prepare = rig.open(), [], BringIn.prepare
-    session.forward(prompt())
-    session.pause(release=True)
-    session.wait_until("released", 10)
-    way, ready = rig.sessions.pager.way, threading.Event()
-    caller = threading.Thread(target=session.resume)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BringIn, "prepare", lambda job, **given: (begun.append(way.taken), prepare(job, **given))[1])
-        patch.setattr(Way, "follow", lambda way, follow=Way.follow: (ready.set(), follow(way)))
-        with way:
-            caller.start()
-            assert ready.wait(10)
-            time.sleep(0.1)
-            assert not begun
-        caller.join()
-    assert begun == [True] and session.state is SessionState.RUNNING
-    session.wait_until("restored", 10)
 
 
 def test_room_is_not_made_beside_who_resumes(rig: Rig, patient: None) -> None:
