@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from workflow.scripts.pressure import record_times
-from workflow.scripts.pressure_systems.workload import TurnTimes, call_together, run_turns
+from workflow.scripts.pressure_systems.workload import Callers, TurnTimes, run_turns
 
 
 class Guest:
@@ -30,7 +31,8 @@ def test_callers_give_everyone_a_turn_two_at_a_time() -> None:
     pairs = threading.Barrier(2)
     guests = [Guest(number, pairs) for number in range(4)]
     done: list[int] = []
-    cpu_s = run_turns(guests, [2, 0, 3, 1], 2, lambda guest, times: done.append(guest.number))
+    with Callers(2) as callers:
+        cpu_s = run_turns(callers, guests, [2, 0, 3, 1], lambda guest, times: done.append(guest.number))
     assert sorted(done) == [0, 1, 2, 3] and all(len(guest.seen) == 1 for guest in guests)
     assert len({who for guest in guests for who in guest.seen}) == 2
     assert 0 < cpu_s < 10
@@ -39,17 +41,38 @@ def test_callers_give_everyone_a_turn_two_at_a_time() -> None:
 @pytest.mark.parametrize("cores", [None, 1])
 def test_callers_keep_to_neighbouring_cores(cores: int | None) -> None:
     before, seen = os.sched_getaffinity(0), []
-    call_together(2, lambda: seen.append(os.sched_getaffinity(0)), cores)
+    with Callers(2, cores) as callers:
+        callers.together(lambda: seen.append(os.sched_getaffinity(0)))
     assert seen == 2 * [before if cores is None else {max(before)}]
     assert os.sched_getaffinity(0) == before, "who starts them stays where he may be"
 
 
-def test_a_callers_failure_is_the_experiments() -> None:
-    def fail() -> None:
-        raise RuntimeError("out of turn")
+def test_callers_are_the_same_threads_all_along() -> None:
+    """As a server's are: what a thread needs once is not part of what is timed."""
+    seen: list[set[int]] = []
+    with Callers(2) as callers:
+        for _ in range(20):
+            threads: set[int] = set()
+            callers.together(lambda threads=threads: threads.add(threading.get_ident()))
+            seen.append(threads)
+    assert all(threads == seen[0] and len(threads) == 2 for threads in seen)
 
-    with pytest.raises(RuntimeError, match="out of turn"):
-        call_together(2, fail)
+
+def test_a_callers_failure_is_the_experiments() -> None:
+    """Once the others have ended: they would go on in a runtime that closes."""
+    ended: list[int] = []
+    first = iter([True, False])
+
+    def fail() -> None:
+        if next(first):
+            raise RuntimeError("out of turn")
+        time.sleep(0.1)
+        ended.append(1)
+
+    with Callers(2) as callers:
+        with pytest.raises(RuntimeError, match="out of turn"):
+            callers.together(fail)
+        assert ended
 
 
 def test_what_a_turn_took_is_recorded_in_one_order() -> None:

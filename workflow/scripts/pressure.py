@@ -25,7 +25,14 @@ from workflow.lib.systems import SYSTEMS
 from workflow.scripts.pressure_systems import served_run, swaps
 from workflow.scripts.pressure_systems.manual import StockTenant
 from workflow.scripts.pressure_systems.trace import MemoryTrace
-from workflow.scripts.pressure_systems.workload import Tenant, TurnTimes, Workload, reference_tokens, run_turns
+from workflow.scripts.pressure_systems.workload import (
+    Callers,
+    Tenant,
+    TurnTimes,
+    Workload,
+    reference_tokens,
+    run_turns,
+)
 from workflow.scripts.resume import make_bench
 from workflow.scripts.resume_methods.base import Bench
 from workflow.scripts.resume_methods.eager import Eager
@@ -139,7 +146,7 @@ def run_seed(
     stopped: torch.OutOfMemoryError | None = None
     bench.device.synchronize()
     begin_s = time.perf_counter()
-    with MemoryTrace(exp, seed=seed, method=method) as trace:
+    with Callers(1, exp.config["caller_cores"]) as callers, MemoryTrace(exp, seed=seed, method=method) as trace:
         try:
             for number in exp.progress.track(range(workload.sessions), f"{method}: spawn"):
                 spawn_s = time.perf_counter()
@@ -151,7 +158,7 @@ def run_seed(
                 spawn_ms = (time.perf_counter() - spawn_s) * 1e3
                 exp.result.sample("spawn_ms", spawn_ms, "ms", **dims)
             trace.phase = "resume"
-            take_rounds(exp, workload, tenants, seed, 1, dims)
+            take_rounds(exp, callers, workload, tenants, dims)
         except torch.OutOfMemoryError as error:
             stopped = error
         bench.device.synchronize()
@@ -192,16 +199,15 @@ def record_times(exp: harness.Experiment, times: TurnTimes, dims: dict[str, Any]
 
 
 def take_rounds(
-    exp: harness.Experiment, workload: Workload, tenants: list[Any], seed: int, callers: int, dims: dict[str, Any]
+    exp: harness.Experiment, callers: Callers, workload: Workload, tenants: list[Any], dims: dict[str, Any]
 ) -> None:
     """All rounds of turns, in the seed's order."""
 
     def done(tenant: Tenant, times: TurnTimes) -> None:
         record_times(exp, times, dims)
 
-    cpu_s = 0.0
-    for round_index in range(workload.rounds):
-        cpu_s += run_turns(tenants, workload.order(seed, round_index), callers, done, exp.config["caller_cores"])
+    orders = [workload.order(dims["seed"], round_index) for round_index in range(workload.rounds)]
+    cpu_s = sum(run_turns(callers, tenants, order, done) for order in orders)
     exp.result.sample("caller_cpu_s", cpu_s, "s", **dims)
 
 

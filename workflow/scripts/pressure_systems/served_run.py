@@ -25,7 +25,7 @@ from workflow.scripts import pressure
 from workflow.scripts.pressure_systems import swaps
 from workflow.scripts.pressure_systems.served import ServedTenant
 from workflow.scripts.pressure_systems.trace import MemoryTrace
-from workflow.scripts.pressure_systems.workload import Workload, call_together
+from workflow.scripts.pressure_systems.workload import Callers, Workload
 from workflow.scripts.resume import make_bench, note_graphs
 from workflow.scripts.resume_methods.base import Bench
 
@@ -38,16 +38,20 @@ def run(exp: harness.Experiment, capped: bool, wanted: list[list[int]]) -> None:
     config = exp.config
     paired = capped and harness.what_is_missing(config, exp.result.machine, "djinn_uncapped") is None
     config["paired_with_uncapped"] = paired
-    with djinn.Runtime(
-        device=exp.device,
-        budget_bytes=config["cap_bytes"] if capped and not paired else config["uncapped_bytes"],
-        activation_bytes=config["activation_bytes"],
-        host_bytes=config["host_bytes"] if capped else config["staging_host_bytes"],
-        disk_path=exp.out.parent if capped and config["disk_bytes"] else None,
-        disk_bytes=config["disk_bytes"] if capped else 0,
-        pool_reserve_bytes=config["cap_bytes"] if capped else config["uncapped_bytes"],
-        pinning=config["machine"]["pinning"],
-    ) as runtime:
+    callers = Callers(config["callers"], config["caller_cores"])
+    with (
+        callers,
+        djinn.Runtime(
+            device=exp.device,
+            budget_bytes=config["cap_bytes"] if capped and not paired else config["uncapped_bytes"],
+            activation_bytes=config["activation_bytes"],
+            host_bytes=config["host_bytes"] if capped else config["staging_host_bytes"],
+            disk_path=exp.out.parent if capped and config["disk_bytes"] else None,
+            disk_bytes=config["disk_bytes"] if capped else 0,
+            pool_reserve_bytes=config["cap_bytes"] if capped else config["uncapped_bytes"],
+            pinning=config["machine"]["pinning"],
+        ) as runtime,
+    ):
         workload = Workload.of(config)
         bench = make_bench(exp, runtime, workload.max_length)
         pressure.record_demand(exp, bench, workload)
@@ -56,16 +60,16 @@ def run(exp: harness.Experiment, capped: bool, wanted: list[list[int]]) -> None:
         with exp.progress.task("pin host memory"):
             runtime.host.prepare(int(runtime.host.free_bytes * PREPARED_SHARE))
         exp.config["host_pinned"] = runtime.host.pinned  # sessions' memory, too, is there by now
-        if config["graphs"]:
-            warm_up(bench, workload)
+        warm_up(bench, runtime, workload)
+        callers.together(lambda: warm_up(bench, runtime, workload))
         logs: list[tuple[str, list[Any]]] = []
         try:
             for number, seed in enumerate(config["seeds"]):
                 if paired and number % 2 == 0:
-                    run_uncapped(exp, bench, runtime, workload, seed, wanted)
-                logs.append((f"seed {seed}", run_seed(exp, bench, runtime, workload, seed, capped, wanted)))
+                    run_uncapped(exp, callers, bench, runtime, workload, seed, wanted)
+                logs.append((f"seed {seed}", run_seed(exp, callers, bench, runtime, workload, seed, capped, wanted)))
                 if paired and number % 2:
-                    run_uncapped(exp, bench, runtime, workload, seed, wanted)
+                    run_uncapped(exp, callers, bench, runtime, workload, seed, wanted)
                 if capped:
                     uncontended(exp, bench, runtime, workload, number)
         finally:
@@ -73,20 +77,25 @@ def run(exp: harness.Experiment, capped: bool, wanted: list[list[int]]) -> None:
                 swaps.write_log(exp.out.parent / swaps.LOG, logs)
         if capped:
             for hinted in (False, True):
-                think(exp, bench, runtime, workload, hinted, wanted)
+                think(exp, callers, bench, runtime, workload, hinted, wanted)
         note_graphs(exp, bench)
 
 
-def warm_up(bench: Bench, workload: Workload) -> None:
-    """One session's turn before anything is timed, in which all layers are recorded."""
-    tenant = ServedTenant(0, workload, bench)
-    tenant.spawn(workload.prompt(0, bench.stock))
-    tenant.turn()
-    tenant.close()
+def warm_up(bench: Bench, runtime: djinn.Runtime, workload: Workload) -> None:
+    """One session's turns before anything is timed: layers are recorded, and what a thread needs once is there."""
+    with torch.inference_mode():
+        tenant = ServedTenant(0, workload, bench)
+        tenant.spawn(workload.prompt(0, bench.stock))
+        tenant.turn()
+        tenant.session.wait_until("clean", RELEASE_TIMEOUT_S)
+        runtime.evict(tenant.session)
+        tenant.turn()
+        tenant.close()
 
 
 def run_uncapped(
     exp: harness.Experiment,
+    callers: Callers,
     bench: Bench,
     runtime: djinn.Runtime,
     workload: Workload,
@@ -98,7 +107,7 @@ def run_uncapped(
     runtime.pool.trim()
     dims = {"seed": seed, "method": "djinn_uncapped"}
     trace = MemoryTrace(exp, **dims, runtime=runtime, recorded=False)
-    tenants = take_all(exp, bench, workload, trace, dims)
+    tenants = take_all(exp, callers, bench, workload, trace, dims)
     settle(tenants)
     pressure.check_tokens(exp, f"tokens_equal_uncapped_seed_{seed}", tenants, wanted)
     close_all(tenants)
@@ -106,7 +115,12 @@ def run_uncapped(
 
 
 def take_all(
-    exp: harness.Experiment, bench: Bench, workload: Workload, trace: MemoryTrace, dims: dict[str, Any]
+    exp: harness.Experiment,
+    callers: Callers,
+    bench: Bench,
+    workload: Workload,
+    trace: MemoryTrace,
+    dims: dict[str, Any],
 ) -> list[ServedTenant]:
     """Spawn everyone, and all rounds of turns in the seed's order: what `total_s` is of."""
     bench.device.synchronize()
@@ -114,7 +128,7 @@ def take_all(
     with trace:
         tenants = spawn_all(exp, bench, workload, trace, dims)
         trace.phase = "resume"
-        pressure.take_rounds(exp, workload, tenants, dims["seed"], exp.config["callers"], dims)
+        pressure.take_rounds(exp, callers, workload, tenants, dims)
         bench.device.synchronize()
         total_s = time.perf_counter() - begin_s
     exp.result.sample("total_s", total_s, "s", **dims)
@@ -123,6 +137,7 @@ def take_all(
 
 def run_seed(
     exp: harness.Experiment,
+    callers: Callers,
     bench: Bench,
     runtime: djinn.Runtime,
     workload: Workload,
@@ -137,7 +152,7 @@ def run_seed(
     origin = bench.device.event(timing=True)
     origin.record(bench.device.current_stream())
     trace = MemoryTrace(exp, **dims, runtime=runtime)
-    tenants = take_all(exp, bench, workload, trace, dims)
+    tenants = take_all(exp, callers, bench, workload, trace, dims)
     if capped:
         settle(tenants)
     events = list(runtime.events)
@@ -247,12 +262,14 @@ def uncontended(exp: harness.Experiment, bench: Bench, runtime: djinn.Runtime, w
                 times = tenant.turn()
                 pressure.record_times(exp, times, {"method": "djinn_uncontended", "warmup": repeat == 0})
 
-    call_together(1, call, exp.config["caller_cores"])
+    with Callers(1, exp.config["caller_cores"]) as caller:
+        caller.together(call)
     tenant.close()
 
 
 def think(
     exp: harness.Experiment,
+    callers: Callers,
     bench: Bench,
     runtime: djinn.Runtime,
     workload: Workload,
@@ -303,7 +320,7 @@ def think(
                         heapq.heappush(due, (time.monotonic() + pause_s, turn + 1, number))
                     condition.notify_all()
 
-    call_together(exp.config["callers"], serve, exp.config["caller_cores"])
+    callers.together(serve)
     share = np.mean(
         [r["value"] for r in exp.result.samples if r["metric"] == "found_resident" and r["variant"] == variant]
     )

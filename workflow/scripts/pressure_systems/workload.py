@@ -12,7 +12,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,35 +111,51 @@ def reference_tokens(model: PreTrainedModel, workload: Workload, session: int) -
     return tokens
 
 
-def call_together(callers: int, work: Callable[[], None], cores: int | None = None) -> float:
-    """Run `work` in `callers` threads until all have ended; returns the seconds of processor that they took.
+class Callers:
+    """Threads that take turns, `count` of them, as long as the experiment lasts; close it, or use it as a context.
 
-    With `cores` these threads keep to so many neighbouring ones. By turns they touch the same objects, the model's; far
-    apart, each waits for the other's cache lines in every layer.
+    With `cores` they keep to so many neighbouring ones. By turns they touch the same objects, the model's; far apart,
+    each waits for the other's cache lines in every layer.
     """
 
-    def call() -> float:
-        if cores is not None:
-            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-cores:])  # of this thread
-        begin_s = time.thread_time()
-        work()
-        return time.thread_time() - begin_s
+    def __init__(self, count: int, cores: int | None = None) -> None:
+        self._count = count
+        self._pool = ThreadPoolExecutor(count, initializer=_keep_to, initargs=(cores,))
+        self.together(lambda: None)  # they are there from here on
 
-    with ThreadPoolExecutor(callers) as pool:
-        return sum(future.result() for future in [pool.submit(call) for _ in range(callers)])
+    def together(self, work: Callable[[], None]) -> float:
+        """Run `work` in each of them until all have ended; returns the seconds of processor that it took."""
+        begin = threading.Barrier(self._count)
+
+        def call() -> float:
+            begin.wait()
+            begin_s = time.thread_time()
+            work()
+            return time.thread_time() - begin_s
+
+        calls = [self._pool.submit(call) for _ in range(self._count)]
+        wait(calls)  # one that failed must not leave the others at work
+        return sum(each.result() for each in calls)
+
+    def __enter__(self) -> Callers:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown()
+
+
+def _keep_to(cores: int | None) -> None:
+    if cores is not None:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-cores:])  # of this thread
 
 
 def run_turns(
-    tenants: list[Tenant],
-    order: list[int],
-    callers: int,
-    done: Callable[[Tenant, TurnTimes], None],
-    cores: int | None = None,
+    callers: Callers, tenants: list[Tenant], order: list[int], done: Callable[[Tenant, TurnTimes], None]
 ) -> float:
-    """Give everyone in `order` a turn, `callers` of them at a time; `done` is called under a lock.
+    """Give everyone in `order` a turn; `done` is called under a lock.
 
     With more than one caller, a session is brought back while another computes. Returns the callers' seconds of
-    processor; `cores` as for `call_together`.
+    processor.
     """
     lock = threading.Lock()
     pending: Iterator[int] = iter(order)
@@ -155,7 +171,7 @@ def run_turns(
                 with lock:
                     done(tenants[number], times)
 
-    return call_together(callers, work, cores)
+    return callers.together(work)
 
 
 class Timer:
