@@ -8,8 +8,9 @@ where it may be gated, stopped, edited or skipped, and its kernels are those of 
 Invariant: a layer is issued from its graphs only after they gave what its own code gives, bit for bit and K and V too,
 in two passes; and only while it has the same modules, classes, and parameters at the same addresses, is called with the
 same shapes and settings, and has no hooks. Otherwise its own code runs. What is not seen is a Python value inside a
-module or the config that is changed later (`attention.scaling = 2`), and what the layer's code decides anew by the
-length, beyond those of the proofs.
+module or the config that is changed later (`attention.scaling = 2`), a module that is put in another order or a buffer
+that is added, and what the layer's code decides anew by the length, beyond those of the proofs. Graphs go to the stream
+that is current as their pass begins, and no layer may leave another one current.
 
 Not taken: one graph per pass, since attention's shapes change with every token, and nothing could happen between two
 layers. `torch.compile`: other kernels, so other logits.
@@ -82,7 +83,10 @@ class _Watched:
         self._inside = [vars(module) for module in modules[1:]]  # the layer's own `forward` is the boundary's
         self._outside = vars(layer), vars(layer).get("forward")
         self._children = [module._modules for module in modules]
-        self._had = [dict(children) for children in self._children]
+        self._sizes = list(map(len, self._children))
+        families = [(group, name) for group in self._children for name in group]
+        self._parents, self._roles = [group for group, _ in families], [name for _, name in families]
+        self._had = list(map(dict.get, self._parents, self._roles))
         self._classes = list(map(type, modules))
         self._kinds = list(dict.fromkeys(self._classes))
         self._forwards = list(map(_forward_of, self._kinds))
@@ -95,9 +99,10 @@ class _Watched:
         return (
             any(self._hooks)
             or self._outside[0].get("forward") is not self._outside[1]
-            or self._children != self._had
-            or list(map(type, self._modules)) != self._classes
-            or list(map(_forward_of, self._kinds)) != self._forwards
+            or list(map(len, self._children)) != self._sizes
+            or not all(map(is_, map(dict.get, self._parents, self._roles), self._had))
+            or not all(map(is_, map(type, self._modules), self._classes))
+            or not all(map(is_, map(_forward_of, self._kinds), self._forwards))
             or any(map(_trains, self._modules))
             or any(map(contains, self._inside, repeat("forward")))
         )
@@ -182,7 +187,10 @@ class LayerGraphs:
         found = call.layers.get(index)
         if found is None and index in call.layers:
             return original(*args, **kwargs)
-        if found is None or self._watched[index].moved(found.places):
+        if found is not None and self._watched[index].moved(found.places):
+            self._forget_recordings(index)
+            found = None
+        if found is None:
             return self._first_time(index, original, args, kwargs)
         if found.proofs < PROOFS:
             return self._prove(index, found, original, args, kwargs)
@@ -198,6 +206,12 @@ class LayerGraphs:
         """Layer `index` will be issued from graphs: nobody sees what it is given."""
         found = self._call.layers.get(index)
         return found is not None and found.proofs >= PROOFS and not self._altered(index)
+
+    def _forget_recordings(self, index: int) -> None:
+        """Layer `index` has other parameters or elsewhere: recordings of all kinds of call hold the old ones."""
+        for call in self._calls.values():
+            if call.layers.get(index) is not None:
+                del call.layers[index]
 
     def _forget_given(self) -> None:
         if self._call is not None:

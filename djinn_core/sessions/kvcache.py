@@ -58,11 +58,7 @@ class SessionLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append K and V [B, H_kv, q, D] on the compute stream; returns views of all that this pass may attend to."""
-        start = self.start
-        if start is None:
-            raise SessionStateError(
-                "a session's cache is written only by the session's own passes; use session.forward"
-            )
+        start = self._begun()
         batch, heads, new, width = key_states.shape
         if (batch, heads, width) != (self._shape[0], self._shape[1], self._shape[3]) or (
             value_states.shape != key_states.shape or key_states.dtype != self.dtype
@@ -79,8 +75,17 @@ class SessionLayer(CacheLayerMixin):
 
     def append(self, new: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """`update` with one token's K and V, [B, H_kv, D] each, of a layer whose `update` went well: in fewer calls."""
-        torch.stack(new, out=self._span[self.start])
-        return self._attended(self.start, self.start + 1)
+        start = self._begun()
+        torch.stack(new, out=self._span[start])
+        return self._attended(start, start + 1)
+
+    def _begun(self) -> int:
+        """Where the pass under way writes."""
+        if self.start is None:
+            raise SessionStateError(
+                "a session's cache is written only by the session's own passes; use session.forward"
+            )
+        return self.start
 
     def _attended(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         first = 0 if self._window is None else max(0, start - self._window + 1)

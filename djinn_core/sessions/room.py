@@ -428,7 +428,6 @@ class Room:
             if holding is None:
                 return
             tried.add(holding.id)
-            self.way.give()
             if holding.is_clean():
                 self._try_evict(holding)
 

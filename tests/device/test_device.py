@@ -280,10 +280,11 @@ def test_a_graph_does_what_was_recorded_on_the_same_addresses(device):
     second.begin()
     out = doubled.t().reshape(-1) + 1
     second.end()
-    for value in (3, 5):
+    for value, stream in ((3, device.current_stream()), (5, device.stream())):
         source.copy_(torch.arange(4) * value)
-        first.replay()
-        second.replay()
+        device.synchronize()
+        first.replay(stream)
+        second.replay(stream)
         device.synchronize()
         assert out.tolist() == [1, 4 * value + 1, 2 * value + 1, 6 * value + 1]
 
@@ -301,7 +302,7 @@ def test_after_a_recording_that_was_abandoned_work_is_done_again(device):
     again.begin()
     out = source * 3
     again.end()
-    again.replay()
+    again.replay(device.current_stream())
     device.synchronize()
     assert out.tolist() == [3.0] * 4
 

@@ -158,6 +158,44 @@ def test_a_layer_that_is_trained_runs_its_own_code(rig, replays) -> None:
     assert len(replays) == 2 * LAYERS
 
 
+class Alike(nn.Module):
+    """An activation that says it is equal to every other one."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return nn.functional.silu(hidden) * self.scale
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Alike)
+
+    __hash__ = nn.Module.__hash__
+
+
+def test_another_module_is_seen_whatever_it_says_of_itself(rig) -> None:
+    def scaled(scale: float) -> None:
+        for layer in (*rig.served.model.layers, *rig.stock.model.layers):
+            layer.mlp.act_fn = Alike(scale).eval()
+
+    scaled(1.0)
+    rig.use_graphs()
+    oracle, session, logits = begun(rig)
+    scaled(3.0)
+    assert equal(speak(session, logits, 1), oracle.greedy(logits, 1))
+
+
+def test_what_other_kinds_of_call_recorded_of_old_weights_is_let_go(rig) -> None:
+    _, session, logits = begun(rig)
+    other = rig.open(batch_size=2)
+    speak(other, other.forward(prompt(2)), PROOFS + 1)
+    assert rig.graphs.recorded == 2 * LAYERS
+    another_parameter(rig.served.model.layers[1].self_attn)
+    speak(session, logits, 1)
+    assert rig.graphs.recorded == 2 * LAYERS - 1, "recorded anew for this kind, and forgotten for the other one"
+
+
 def test_a_module_that_is_added_is_seen(rig) -> None:
     for layer in rig.served.model.layers:
         layer.mlp.act_fn = Sequence(nn.SiLU()).eval()

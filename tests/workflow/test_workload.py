@@ -45,6 +45,8 @@ def test_callers_keep_to_neighbouring_cores(cores: int | None) -> None:
         callers.together(lambda: seen.append(os.sched_getaffinity(0)))
     assert seen == 2 * [before if cores is None else {max(before)}]
     assert os.sched_getaffinity(0) == before, "who starts them stays where he may be"
+    with pytest.raises(ValueError, match=f"keep to 9999 cores, and this process may use {len(before)}"):
+        Callers(2, 9999)
 
 
 def test_callers_are_the_same_threads_all_along() -> None:

@@ -114,11 +114,16 @@ def reference_tokens(model: PreTrainedModel, workload: Workload, session: int) -
 class Callers:
     """Threads that take turns, `count` of them, as long as the experiment lasts; close it, or use it as a context.
 
-    With `cores` they keep to so many neighbouring ones. By turns they touch the same objects, the model's; far apart,
-    each waits for the other's cache lines in every layer.
+    With `cores` they keep to so many neighbouring ones, the last of this process's. By turns they touch the same
+    objects, the model's; far apart, each waits for the other's cache lines in every layer.
+
+    Raises:
+        ValueError: this process may not use so many cores.
     """
 
     def __init__(self, count: int, cores: int | None = None) -> None:
+        if cores is not None and cores > (there := len(os.sched_getaffinity(0))):
+            raise ValueError(f"callers are to keep to {cores} cores, and this process may use {there}")
         self._count = count
         self._pool = ThreadPoolExecutor(count, initializer=_keep_to, initargs=(cores,))
         self.together(lambda: None)  # they are there from here on
