@@ -70,7 +70,7 @@ class BringIn:
         self.begun, self.restored = (pager.device.event(timing=True) for _ in range(2))
         self.changed = threading.Condition()
         self.bytes = 0
-        self.done = self.cancelled = self.by_pass = self.followed = False
+        self.done = self.cancelled = self.by_pass = self.followed = self._prepared = False
         self.error: DjinnError | None = None
         self.marks: list[tuple[str, float]] = []
         self.wanted_s = time.perf_counter()
@@ -200,6 +200,7 @@ class BringIn:
         except BaseException:
             self._release()
             raise
+        self._prepared = ready
         if not ready:
             self._release()
         return ready
@@ -256,8 +257,8 @@ class BringIn:
 
     @property
     def moves(self) -> bool:
-        """It holds all that its next steps need, and no pass has to come for them."""
-        return not (self.done or self.by_pass) and any(want.extent is not None for want in self._flat())
+        """It holds all that it needs, and goes on to its end by itself: no pass has to come for it."""
+        return self._prepared and not (self.done or self.by_pass)
 
     def finish(self, error: DjinnError | None) -> None:
         """Nothing more will be issued. Called once, and raises nothing: `error` tells whoever waits."""

@@ -197,21 +197,26 @@ def test_a_transfer_that_ends_between_two_looks_makes_room_on_the_host(make_rig:
 # who is on his way on the device may leave soon
 
 
-def test_nobody_is_refused_for_a_prefetch(make_rig: MakeRig, monkeypatch) -> None:
-    """Nobody waits for it; what it brings in may leave for who needs the room, as soon as it is there."""
+@pytest.mark.parametrize("place", ["_issue", "finish"])
+def test_nobody_is_refused_for_a_prefetch(make_rig: MakeRig, monkeypatch, place: str) -> None:
+    """Nobody waits for it; what it brings in may leave for who needs the room, as soon as it is there.
+
+    Until then it is on its way, also when all of it has been issued.
+    """
     rig = make_rig(device_bytes=2 * SESSION_BYTES)
     session, ids, wanted = begun(rig)
     leave(session)
-    other, go_on, issue = rig.open(), threading.Event(), BringIn._issue
+    other, reached, go_on, plain = rig.open(), threading.Event(), threading.Event(), getattr(BringIn, place)
 
     def slowly(job: BringIn, *args):
         if job.prefetch:
+            reached.set()
             go_on.wait(10)
-        return issue(job, *args)
+        return plain(job, *args)
 
-    monkeypatch.setattr(BringIn, "_issue", slowly)
+    monkeypatch.setattr(BringIn, place, slowly)
     session.prefetch()
-    wait_for(lambda: rig.pool.free_bytes == 0)
+    assert reached.wait(10) and rig.pool.free_bytes == 0
     threading.Timer(0.2, go_on.set).start()
     other.forward(prompt())
     assert session.state is SessionState.SWAPPED
