@@ -66,6 +66,7 @@ def stopped(make_rig: MakeRig, held: Held) -> tuple[Rig, Session, Oracle, torch.
     session.forward(likely(logits), stop_after=1)
     session.pause(release=True)
     session.wait_until("released", 10)
+    wait_for(lambda: session.stopped.boundary.device is None)  # so that a resume takes a slot
     return rig, session, oracle, oracle.forward(likely(logits))
 
 
