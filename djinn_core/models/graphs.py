@@ -208,7 +208,7 @@ class LayerGraphs:
         return found is not None and found.proofs >= PROOFS and not self._altered(index)
 
     def _forget_recordings(self, index: int) -> None:
-        """Layer `index` has other parameters or elsewhere: recordings of all kinds of call hold the old ones."""
+        """Layer `index` has other parameters, or has them elsewhere; all its recordings hold the old ones."""
         for call in self._calls.values():
             if call.layers.get(index) is not None:
                 del call.layers[index]

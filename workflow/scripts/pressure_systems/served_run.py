@@ -38,9 +38,8 @@ def run(exp: harness.Experiment, capped: bool, wanted: list[list[int]]) -> None:
     config = exp.config
     paired = capped and harness.what_is_missing(config, exp.result.machine, "djinn_uncapped") is None
     config["paired_with_uncapped"] = paired
-    callers = Callers(config["callers"], config["caller_cores"])
     with (
-        callers,
+        Callers(config["callers"], config["caller_cores"]) as callers,
         djinn.Runtime(
             device=exp.device,
             budget_bytes=config["cap_bytes"] if capped and not paired else config["uncapped_bytes"],

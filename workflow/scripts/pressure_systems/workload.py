@@ -112,7 +112,7 @@ def reference_tokens(model: PreTrainedModel, workload: Workload, session: int) -
 
 
 class Callers:
-    """Threads that take turns, `count` of them, as long as the experiment lasts; close it, or use it as a context.
+    """Threads that take turns, `count` of them, until its `with` block ends: as long as the experiment lasts.
 
     With `cores` they keep to so many neighbouring ones, the last of this process's. By turns they touch the same
     objects, the model's; far apart, each waits for the other's cache lines in every layer.
