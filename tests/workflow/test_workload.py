@@ -81,12 +81,14 @@ def test_what_a_turn_took_is_recorded_in_one_order() -> None:
     """A late resume is found again in every metric by its place."""
     kept = []
     exp = SimpleNamespace(result=SimpleNamespace(sample=lambda *sample, **dims: kept.append((*sample, dims))))
-    record_times(exp, TurnTimes(2.0, 9.0, 1.5, {"boundary issued": 1.0, "bring-in begun": 0.5}), {"seed": 3})
+    record_times(exp, TurnTimes(2.0, 9.0, 1.5, {"boundary issued": 1.0, "bring-in begun": 0.5}, 6.0, 11.5), {"seed": 3})
     record_times(exp, TurnTimes(1.0, 2.0), {"seed": 3})
     assert kept == [
         ("ready_ms", 2.0, "ms", {"seed": 3}),
         ("next_token_ms", 9.0, "ms", {"seed": 3}),
         ("begun_ms", 1.5, "ms", {"seed": 3}),
+        ("issue_ms", 6.0, "ms", {"seed": 3}),
+        ("token_ms", 11.5, "ms", {"seed": 3}),
         ("span_ms", 1.0, "ms", {"seed": 3, "span": "boundary issued"}),
         ("span_ms", 0.5, "ms", {"seed": 3, "span": "bring-in begun"}),
         ("ready_ms", 1.0, "ms", {"seed": 3}),

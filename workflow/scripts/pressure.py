@@ -191,7 +191,7 @@ def check_tokens(
 
 def record_times(exp: harness.Experiment, times: TurnTimes, dims: dict[str, Any]) -> None:
     """The samples of one turn; those of all turns are in one order, whatever the metric."""
-    for metric in ("ready_ms", "next_token_ms", "begun_ms"):
+    for metric in ("ready_ms", "next_token_ms", "begun_ms", "issue_ms", "token_ms"):
         if (value := getattr(times, metric)) is not None:
             exp.result.sample(metric, value, "ms", **dims)
     for span, value in times.spans.items():

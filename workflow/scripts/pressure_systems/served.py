@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from statistics import fmean
+
 import torch
 
 import djinn_core as djinn
@@ -43,8 +46,15 @@ class ServedTenant(Tenant):
         ready_ms = max(self.timer.until(gate) for gate in trace.gates)
         times = TurnTimes(ready_ms, next_token_ms, sum(spans.values()), spans)
         token = self._choose(logits)
+        passes = []
         for _ in range(self.workload.turn_tokens - 1):
-            token = self._choose(self.session.forward(token))
+            begin_s = time.perf_counter()
+            logits = self.session.forward(token)
+            issued_s = time.perf_counter()
+            token = self._choose(logits)
+            passes.append((issued_s - begin_s, time.perf_counter() - begin_s))
+        if passes:
+            times.issue_ms, times.token_ms = (1e3 * fmean(each) for each in zip(*passes, strict=True))
         self._stop_in(token)
         return times
 

@@ -70,12 +70,16 @@ class TurnTimes:
 
     `begun_ms`: when the caller's thread went on to the pass, with all issued that layer L+1 waits for, unless others
     had to make room first; None where nobody knows. `spans` says what that thread did until then, milliseconds each.
+    `issue_ms`, `token_ms`: of the whole passes behind, in the mean, from the call that issues one to its return and to
+    its token on the host; the device is waited for only where the second is the longer one.
     """
 
     ready_ms: float
     next_token_ms: float
     begun_ms: float | None = None
     spans: dict[str, float] = field(default_factory=dict)
+    issue_ms: float | None = None
+    token_ms: float | None = None
 
 
 class Tenant(ABC):
