@@ -191,6 +191,11 @@ class Way:
         """Somebody is within."""
         return bool(self._since_s)
 
+    @property
+    def shared(self) -> bool:
+        """Somebody else than the calling thread is within."""
+        return len(self._since_s) > (threading.get_ident() in self._since_s)
+
     def __enter__(self) -> None:
         with self._changed:
             self._since_s[threading.get_ident()] = time.perf_counter()

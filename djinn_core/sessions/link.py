@@ -1,8 +1,9 @@
 """The link to the device: bring-ins under way share it step by step, the most urgent first.
 
 A resume's first layer is issued by the thread that resumes, if nobody has to be waited for: it wants that layer before
-anything else, and a worker would first have to wake and to get the interpreter. Where nobody else is on the link it
-issues the second step too, or the link would idle until the worker is there. One worker issues what comes after.
+anything else, and a worker would first have to wake and to get the interpreter. Where nobody else is on the link, or
+about to be, it issues the second step too, or the link would idle until the worker is there. One worker issues what
+comes after.
 Before each step it asks again who is the most urgent, and it keeps so much in flight that the link never idles when the
 worker is late, and no more: who resumes meanwhile gets his first layer after the step under way, since steps give way
 to it (`Device.copy_all`), and the next behind all that is in flight. While that much is on its way the worker maps the
@@ -78,7 +79,7 @@ class Link:
                 alone = self._serves_nobody() and not self._pager.write_backs  # a grant takes long beside one
                 self._step(job)
                 job.marks.append(("first step issued", time.perf_counter()))
-                if alone and job.left:
+                if alone and job.left and not self._pager.way.shared:
                     self._step(job)
         except BaseException as error:
             self._end(job, error)  # the pass that waits for it is told, as by a worker

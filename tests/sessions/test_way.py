@@ -335,6 +335,23 @@ def test_the_link_looks_again_for_the_most_urgent_when_it_has_given_way(
     assert steps == [late._holding] * LAYERS + [early._holding] * LAYERS
 
 
+def test_of_two_who_resume_at_once_neither_issues_a_second_layer_before_the_others_first(
+    rig: Rig, patient: None, asks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bringin_module, "STEP_BYTES", 1)
+    session, pager = rig.open(), rig.sessions.pager
+    session.forward(prompt())
+    session.pause(release=True)
+    session.wait_until("released", 10)
+    begun = threading.Thread(target=lambda: pager.resume(session._holding, 0, 0, 0))
+    with pager.way:  # this thread is the other one
+        begun.start()
+        begun.join()
+        held_up(asks, "djinn-link")
+        assert session._holding.jobs[0].left == LAYERS - 1
+    session.wait_until("restored", 10)
+
+
 def test_later_layers_and_the_look_ahead_come_behind_who_resumes(
     rig: Rig, patient: None, asks: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
