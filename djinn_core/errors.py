@@ -99,3 +99,8 @@ class IntegrityError(DjinnError):
 
 class WorkerError(DjinnError):
     """An error that is not Djinn's ended what a thread did for a session, which is whole. `__cause__` has the error."""
+
+
+def unloaded() -> SessionStateError:
+    """The error for a pass of a model that has been unloaded."""
+    return SessionStateError("the model was unloaded and its weights are gone; load it again")

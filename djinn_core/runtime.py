@@ -27,6 +27,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from djinn_core import context
 from djinn_core.device import named_device, open_device
+from djinn_core.door import Door
 from djinn_core.errors import ConfigError, OutOfDeviceMemory, SessionStateError, UsageError
 from djinn_core.interrupts import Uninterrupted, act, taken
 from djinn_core.loading import load_model
@@ -108,6 +109,8 @@ class Runtime:
         self._sessions: Sessions | None = None
         self._opening = threading.Lock()
         self._resizing = threading.Lock()
+        self._closing = threading.Lock()
+        self._door = Door(_closed, _closed_inside)
         self._closed = False
         with Uninterrupted(), ExitStack() as held:
             if device == "cpu":
@@ -231,7 +234,7 @@ class Runtime:
         if prove:
             twin.prove(weights.config, weights.dtype, TwinRuns(_emulated))
         name = f"model {next(self._names)}"
-        with Uninterrupted():
+        with Uninterrupted(), self._door:
             model = load_model(
                 self,
                 weights,
@@ -248,16 +251,21 @@ class Runtime:
         return model
 
     def unload(self, model: PreTrainedModel) -> None:
-        """Give a model's memory back. Sessions on it keep their state: save or close them.
+        """Give a model's memory back, once its passes under way have ended. Sessions on it keep their state: save or
+        close them.
 
         Raises:
-            SessionStateError: it is not this runtime's.
+            SessionStateError: it is not this runtime's, or this thread is within a pass of it (a hook).
         """
         self._check_loaded(model)
         with Uninterrupted():
-            with self.turn:
-                model.djinn.close()
-            del self._models[model.djinn.name]
+            self._unload(model)
+
+    def _unload(self, model: PreTrainedModel) -> None:
+        model.djinn.boundary.door.shut()
+        with self.turn:  # who calls the decoder itself has no more than that
+            model.djinn.close()
+        self._models.pop(model.djinn.name, None)
 
     @property
     def models(self) -> tuple[PreTrainedModel, ...]:
@@ -275,8 +283,9 @@ class Runtime:
             OutOfDeviceMemory: device, host and disk together could not hold every open session at its longest, or the
                 host could not swap them.
         """
-        self._check_loaded(model)
-        return self._opened().open(model, max_length=max_length, batch_size=batch_size)
+        with Uninterrupted(), self._door:
+            self._check_loaded(model)
+            return self._opened().open(model, max_length=max_length, batch_size=batch_size)
 
     def load_session(self, folder: str | Path, model: PreTrainedModel) -> Session:
         """A session that was saved to `folder`, on the same model; it is paused.
@@ -286,8 +295,9 @@ class Runtime:
         """
         from djinn_core.sessions.snapshot import load_session
 
-        self._check_loaded(model)
-        return load_session(folder, model, self._opened())
+        with Uninterrupted(), self._door:
+            self._check_loaded(model)
+            return load_session(folder, model, self._opened())
 
     def sessions(self) -> SessionTable:
         """Every open session now, a `SessionInfo` for each: its state, and where its memory is; prints as a table."""
@@ -301,14 +311,24 @@ class Runtime:
         return self._opened().pager.events
 
     def evict(self, session: Session) -> bool:
-        """Take a paused session's device memory now, as pressure would; False when it is not clean yet."""
-        with Uninterrupted():
-            return self._opened().pager.evict(session._holding)
+        """Take a paused session's device memory now, as pressure would, after its write-back.
+
+        Returns False, and leaves it as it is, where it is in use or the host has no room for it.
+
+        Raises:
+            SessionStateError: it is not an open session of this runtime.
+        """
+        with Uninterrupted(), self._door:
+            pager = self._opened().pager
+            holding = getattr(session, "_holding", None)
+            if holding is None or pager.holdings.get(holding.id) is not holding:
+                raise SessionStateError(f"{session!r} is not an open session of this runtime; nothing was evicted")
+            return pager.evict(holding)
 
     def _opened(self) -> Sessions:
         """The sessions room, opened when first needed."""
         self._check_open()
-        with Uninterrupted(), self._opening:
+        with Uninterrupted(), self._door, self._opening:
             if self._sessions is None:
                 from djinn_core.sessions import Sessions
 
@@ -347,26 +367,46 @@ class Runtime:
                 f"budget_bytes {budget_bytes:,} would give weights and sessions {extent_bytes:,} bytes, and "
                 f"{self.device.name} has {self.device.capacity_bytes:,} (emulated, the runtime's first budget)"
             )
-        with Uninterrupted(), taken(self._resizing):
+        with Uninterrupted(), self._door, taken(self._resizing):
             self._opened().pager.resize(extent_bytes)
             self.budget_bytes = self.ledger.budget_bytes = budget_bytes
 
     def close(self) -> None:
-        """Close sessions, unload models, and give all memory back. Twice is once."""
-        if self._closed:
-            return
-        with Uninterrupted():
-            if self._sessions is not None:
-                self._sessions.close()  # not within the turn: whoever uses one of them may be waiting for it
-            with self.turn, ExitStack() as ending:
+        """Close sessions, unload models, and give all memory back. Twice is once.
+
+        Loads, opens and passes under way are waited for; what comes later is refused.
+
+        Raises:
+            SessionStateError: this thread is within one of them (a hook, a callback, a policy); nothing was closed.
+        """
+        self._refuse_inside()
+        with Uninterrupted(), taken(self._closing):
+            if self._closed:
+                return
+            self._door.shut()
+            try:
+                if self._sessions is not None:
+                    self._sessions.close()  # not within the turn: whoever uses one of them may be waiting for it
+            except BaseException:
+                self._door.open()
+                raise
+            with ExitStack() as ending:
                 ending.callback(self._held.close)
                 ending.callback(setattr, self, "_closed", True)
                 for model in self.models:
-                    ending.callback(self.unload, model)
+                    ending.callback(self._unload, model)
+
+    def _refuse_inside(self) -> None:
+        """Who closes from within would wait for himself."""
+        self._door.refuse_inside()
+        if self._sessions is not None:
+            self._sessions.refuse_inside()
+        for model in self.models:
+            model.djinn.boundary.door.refuse_inside()
 
     def _check_open(self) -> None:
         if self._closed:
-            raise SessionStateError("the runtime is closed; make a new one")
+            raise _closed()
 
     def __enter__(self) -> Runtime:
         return self
@@ -375,6 +415,17 @@ class Runtime:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _closed() -> SessionStateError:
+    return SessionStateError("the runtime is closed; make a new one")
+
+
+def _closed_inside() -> SessionStateError:
+    return SessionStateError(
+        "this thread loads, opens or resizes something in the runtime that it would close (from a callback?); close it "
+        "after that"
+    )
 
 
 def _check_sizes(**sizes: int | None) -> None:

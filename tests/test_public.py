@@ -17,7 +17,7 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 ROOMS = {
     "cli": {"service", "runtime", "sessions", "memory", "models", "weights", "device", "certificate", "machine"},
     "service": {"runtime", "sessions", "memory", "models"},
-    "runtime": {"proof", "loading", "context", "sessions", "weights", "models", "memory", "device", "turn"},
+    "runtime": {"proof", "loading", "context", "sessions", "weights", "models", "memory", "device", "turn", "door"},
     "proof": {"loading", "sessions", "weights", "models", "memory", "device"},
     "loading": {"weights", "models", "memory", "device"},
     "context": {"device"},
@@ -26,10 +26,11 @@ ROOMS = {
     "machine": set(),
     "sessions": {"weights", "models", "memory", "device", "turn"},
     "weights": {"memory", "device"},
-    "models": set(),
+    "models": {"door"},
     "memory": {"device"},
     "device": set(),
     "turn": set(),
+    "door": set(),
     "errors": set(),
     "interrupts": set(),
 }

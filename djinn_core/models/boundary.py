@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from djinn_core.errors import SessionStateError, UnsupportedModel, UsageError
+from djinn_core.door import Door
+from djinn_core.errors import SessionStateError, UnsupportedModel, UsageError, unloaded
 from djinn_core.interrupts import Interruptible, Uninterrupted
 from djinn_core.models.layercalls import copied, first_of, hidden_of, replace_hidden
 
@@ -131,6 +132,7 @@ class Boundary:
         executed: how often each layer's own code has run, by layer index; it only grows.
         arity: what a layer returns: 0 a tensor, n a tuple of n with the hidden states first, None not known yet.
         graphs: what sessions' one-token passes are issued from; None issues them kernel by kernel.
+        door: entered around the outermost model's forward, which reads weights behind the decoder's pass, too.
     """
 
     graphs: LayerGraphs | None = None
@@ -147,6 +149,7 @@ class Boundary:
         self.arity = _ARITY.get(type(layers[0]), _declared_arity(layers[0]))
         self._layer_class = type(layers[0])
         self._turn = turn
+        self.door = Door(unloaded, _used_inside)
         self._count = len(layers)
         self._control: PassControl | None = None
         self._runner: int | None = None
@@ -155,6 +158,16 @@ class Boundary:
         decoder.forward = self._wrap_decoder(decoder.forward)
         for index, layer in enumerate(layers):
             layer.forward = self._wrap_layer(index, layer.forward)
+
+    def wrap_model(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The outermost model's forward, within the door."""
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with Uninterrupted(), self.door:
+                return original(*args, **kwargs)
+
+        return forward
 
     def _wrap_decoder(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -261,7 +274,7 @@ def install(
     provider: WeightsProvider,
     turn: Turn,
 ) -> Boundary:
-    """Wrap `stack.decoder` and each of `stack.layers`, once and for good.
+    """Wrap `model`, `stack.decoder` and each of `stack.layers`, once and for good.
 
     Args:
         model: the outermost model; `executed_layers(model)` reads its counters.
@@ -275,6 +288,7 @@ def install(
     if hasattr(model, "_djinn_boundary"):
         raise UsageError("this model is wrapped already; a model belongs to one runtime")
     boundary = Boundary(stack.decoder, stack.layers, provider, turn)
+    model.forward = boundary.wrap_model(model.forward)
     model._djinn_boundary = boundary
     return boundary
 
@@ -282,6 +296,12 @@ def install(
 def executed_layers(model: nn.Module) -> tuple[int, ...]:
     """How often each layer's own code has run since `install`, by layer index."""
     return tuple(model._djinn_boundary.executed)
+
+
+def _used_inside() -> SessionStateError:
+    return SessionStateError(
+        "a pass of the model is running on this thread, which unloads it meanwhile (from a hook?); unload it after that"
+    )
 
 
 def _declared_arity(layer: nn.Module) -> int | None:

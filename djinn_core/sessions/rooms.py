@@ -148,21 +148,26 @@ class Sessions:
             stored: set[Stored] = set()
             return SessionTable([_info(holding, mapped, stored) for holding in self.pager.holdings.values()])
 
+    def refuse_inside(self) -> None:
+        """Raise SessionStateError if this thread is using a session (a hook of its pass)."""
+        for holding in list(self.pager.holdings.values()):
+            if holding.user_thread == threading.get_ident():
+                raise SessionStateError(
+                    f"session {holding.id} is in use by this thread, which closes all sessions meanwhile (from a "
+                    "hook?); close them after it"
+                )
+
     def close(self) -> None:
         """Close what is open, and end the pager. Whoever uses a session ends first.
 
         Raises:
             SessionStateError: this thread is using one itself (a hook of its pass); nothing was closed.
         """
+        self.refuse_inside()
         used: list[Holding] = []
         with Uninterrupted(), ExitStack() as held:
             while new := [holding for holding in list(self.pager.holdings.values()) if holding not in used]:
                 for holding in new:
-                    if holding.user_thread == threading.get_ident():
-                        raise SessionStateError(
-                            f"session {holding.id} is in use by this thread, which closes all sessions meanwhile (from "
-                            "a hook?); close them after it"
-                        )
                     held.enter_context(taken(holding.user))
                     used.append(holding)
             self.pager.ending = True

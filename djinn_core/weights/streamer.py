@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 
 from djinn_core.device.base import Device, Direction
-from djinn_core.errors import DeviceError, SessionStateError, TransferError
+from djinn_core.errors import DeviceError, SessionStateError, TransferError, unloaded
 from djinn_core.interrupts import Uninterrupted
 from djinn_core.weights.plan import Plan
 from djinn_core.weights.ring import Ring, Slot, SlotState, SlotStep
@@ -99,7 +99,7 @@ class Streamer:
     def begin_pass(self, first_layer: int) -> None:
         """Begin a pass that enters at `first_layer`: aim the ring there and fill what is missing."""
         if self._closed:
-            raise SessionStateError("the model was unloaded and its weights are gone; load it again")
+            raise unloaded()
         index = next((i for i, layer in enumerate(self.plan.streamed) if layer >= first_layer), None)
         self._count = PassCount(first_layer)
         if index is None:
