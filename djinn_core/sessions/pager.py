@@ -21,7 +21,6 @@ from djinn_core.errors import (
     IntegrityError,
     OutOfDeviceMemory,
     SessionStateError,
-    UsageError,
 )
 from djinn_core.interrupts import Uninterrupted, wait_for
 from djinn_core.memory.disktier import DiskTier
@@ -33,11 +32,11 @@ from djinn_core.sessions.blocks import Block, BlockTable, Layout
 from djinn_core.sessions.bringin import BringIn
 from djinn_core.sessions.holding import Holding
 from djinn_core.sessions.link import Link
+from djinn_core.sessions.pauses import checked
 from djinn_core.sessions.policy import Policy
 from djinn_core.sessions.state import SessionState, refusal
 from djinn_core.sessions.writer import Writer
 
-FURTHEST_S = 1e9  # thirty years: a clock in seconds still tells milliseconds apart
 AT_ONCE_BLOCKS = 4  # a few tenths of a millisecond to unmap
 HELP_FROM_S = 1.0  # who waits this long for a write-back does it itself; who only looks is not held up
 
@@ -256,21 +255,22 @@ class Pager(Writer):
                 self._settle_state(holding, None)
 
     def pause(self, holding: Holding, expected_resume_s: float | None, release: bool) -> None:
-        """PAUSED, and its write-back under way, or SWAPPED if there was little to do. Returns at once."""
-        if expected_resume_s is not None and not (
-            isinstance(expected_resume_s, int | float) and abs(expected_resume_s) < FURTHEST_S
-        ):
-            raise UsageError(f"expected_resume_s is {expected_resume_s!r}; give seconds from now, or None")
+        """PAUSED, and its write-back under way, or SWAPPED if there was little to do. Returns at once.
+
+        One that is paused already stays where it is, and only what is expected of it changes.
+        """
+        hint_s = checked(expected_resume_s)
         with self.lock:
-            holding.go(SessionState.PAUSED, "be paused")
-            now_s = time.monotonic()
-            holding.expected_resume_s = None if expected_resume_s is None else now_s + expected_resume_s
-            holding.last_use_s = now_s
-            holding.paused_s = now_s
+            again = holding.state in (SessionState.PAUSED, SessionState.SWAPPED)
+            if not again:
+                holding.go(SessionState.PAUSED, "be paused")
+                holding.last_use_s = holding.paused_s = time.monotonic()
+            holding.expected_resume_s = None if hint_s is None else time.monotonic() + hint_s
             holding.release, holding.prefetch_failed = release, False
-            self._want(holding)
-            holding.trouble, holding.needed = None, False
-        self.log(holding, "pause")
+            if holding.state is SessionState.PAUSED:
+                self._want(holding)
+                holding.trouble, holding.needed = None, False
+        self.log(holding, "pause again" if again else "pause")
         gone = False
         try:
             gone = release and self._leave_at_once(holding)
@@ -465,7 +465,7 @@ class Pager(Writer):
                     if holding.trouble is None and what == "released" and holding.state is SessionState.PAUSED:
                         raise SessionStateError(
                             f"session {holding.id} will not be released: it is paused, and stays on the device until "
-                            "someone needs its memory; resume it, and pause it with release=True"
+                            "someone needs its memory; pause it with release=True"
                         )
                     raise holding.trouble or refusal(holding.id, holding.state, f"become {what}")
                 raise TimeoutError(

@@ -6,17 +6,35 @@ import threading
 import time
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter, deque
+from numbers import Real
 from typing import TYPE_CHECKING
+
+from djinn_core.errors import UsageError
 
 if TYPE_CHECKING:
     from djinn_core.sessions.holding import Holding
 
+FURTHEST_S = 1e9  # thirty years: a clock in seconds still tells milliseconds apart
 KEPT = 256  # the latest ones: what callers do changes
 LEAST = 8  # fewer are no ground for a guess
 ASKED = 64  # of the longer ones, evenly spread: a choice asks for every session
 SOONEST_S = 0.001
 ON_TIME_S = 0.5  # who is no later than this may come at any moment
 OVERTAKEN = 8  # times, and a session may have been given up
+
+
+def checked(expected_resume_s: float | None) -> float | None:
+    """A hint: seconds from now, or None.
+
+    Raises:
+        UsageError: it is no number, or none that a clock can tell.
+    """
+    if expected_resume_s is None:
+        return None
+    known = isinstance(expected_resume_s, Real) and not isinstance(expected_resume_s, bool)
+    if not (known and abs(expected_resume_s) < FURTHEST_S):
+        raise UsageError(f"expected_resume_s is {expected_resume_s!r}; give seconds from now, or None")
+    return float(expected_resume_s)
 
 
 class Lengths:

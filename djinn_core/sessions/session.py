@@ -306,9 +306,9 @@ class Session:
     # pausing and resuming
 
     def pause(self, *, expected_resume_s: float | None = None, release: bool = False) -> None:
-        """Leave the GPU: returns at once, and the state is written back behind the work that is queued.
-
-        After that its memory belongs to whoever needs it; until then a resume finds it in place.
+        """Leave the GPU: returns at once, and the state is written back behind the work that is queued. After that its
+        memory belongs to whoever needs it; until then a resume finds it in place. Of a session that is paused already
+        only what is expected of it changes, to what is said now.
 
         Args:
             expected_resume_s: seconds from now at which it will probably be resumed; it is brought back just before.

@@ -5,11 +5,15 @@ from __future__ import annotations
 import threading
 import time
 
+import numpy as np
+import pytest
 import torch
 
-from djinn_core.sessions import SessionState, writeback
-from tests.sessions.oracle import Oracle, prompt
-from tests.sessions.rigs import LAYERS, MakeRig
+from djinn_core.device.faults import FaultPlan
+from djinn_core.errors import UsageError
+from djinn_core.sessions import SessionState, bringin, writeback
+from tests.sessions.oracle import Oracle, equal, prompt, speak
+from tests.sessions.rigs import LAYERS, MakeRig, Rig, wait_for
 
 LINK_GBPS = 0.0002  # 15 tokens of a layer take 38 ms
 LAYER_BYTES = 64 << 10
@@ -127,3 +131,58 @@ def test_what_is_remembered_of_a_session_follows_its_lineage(make_rig: MakeRig) 
     assert holding.seems_to_miss() == 2 * LAYERS * LAYER_BYTES
     pager.adopt(holding, short)
     assert holding.seems_to_miss() == LAYERS * LAYER_BYTES
+
+
+@pytest.mark.parametrize("away", [True, False])
+def test_who_is_paused_can_say_anew_when_it_will_be_wanted(rig: Rig, away: bool) -> None:
+    """And stays where it is until then: whether it has left meanwhile, its owner does not know."""
+    session = rig.open()
+    logits = session.forward(prompt())
+    session.pause(expected_resume_s=600.0, release=away)
+    if away:
+        session.wait_until("released", 10)
+    before = session._holding.paused_s, session._holding.last_use_s
+    session.pause(expected_resume_s=500.0)
+    assert session.state is (SessionState.SWAPPED if away else SessionState.PAUSED)
+    assert (session._holding.paused_s, session._holding.last_use_s) == before, "one pause, from when it began"
+    if away:
+        session.wait_until("released", 1)
+        session.pause(expected_resume_s=0.2)
+        wait_for(lambda: session.device_bytes)
+        assert session.state is SessionState.PAUSED
+    else:
+        session.pause(release=True)
+        session.wait_until("released", 10)
+        assert session._holding.expected_resume_s is None and not session.device_bytes
+    session.prefetch()
+    session.wait_until("restored", 10)
+    session.resume()
+    oracle = Oracle(rig.stock)
+    oracle.forward(prompt())
+    assert equal(speak(session, logits, 2), oracle.greedy(logits, 2))
+
+
+def test_who_fell_back_after_a_failed_copy_may_be_paused(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its owner takes it to run; his hint is not lost."""
+    monkeypatch.setattr(bringin, "STEP_BYTES", 1)
+    session = rig.open()
+    session.forward(prompt())
+    session.pause(release=True)
+    session.wait_until("released", 10)
+    rig.device.faults = FaultPlan().fail("copy", LAYERS)
+    session.resume()
+    wait_for(lambda: session.state is not SessionState.RESUMING)
+    session.pause(expected_resume_s=300.0)
+    assert session.state in (SessionState.PAUSED, SessionState.SWAPPED)
+    assert session._holding.expected_resume_s is not None
+
+
+@pytest.mark.parametrize("hint", [2, np.int64(2), np.float32(2), 2.0])
+def test_a_hint_is_a_number_of_seconds(rig: Rig, hint: float) -> None:
+    session = rig.open()
+    session.pause(expected_resume_s=hint)
+    assert session._holding.expected_resume_s == pytest.approx(time.monotonic() + 2, abs=1)
+    for wrong in (True, "2", float("nan"), np.float32("inf"), 1e9):
+        with pytest.raises(UsageError, match="give seconds from now"):
+            session.pause(expected_resume_s=wrong)
+    assert session._holding.expected_resume_s == pytest.approx(time.monotonic() + 2, abs=1)
