@@ -74,7 +74,7 @@ class Region:
 
         Raises:
             UsageError: nothing is mapped at one of the offsets.
-            DeviceError: the device refused; what had been unmapped is mapped again.
+            DeviceError: the device refused; what had been unmapped is mapped again, or `at` says that it is not.
         """
         missing = [offset for offset in offsets if offset not in self._extents]
         if missing or len(set(offsets)) != len(offsets):
@@ -88,7 +88,7 @@ class Region:
                     self._forget(offset)
                     removed.append((offset, extents[offset]))
         except BaseException:
-            if removed:
+            with contextlib.suppress(DeviceError):
                 self.map(removed)
             raise
         return list(extents.values())

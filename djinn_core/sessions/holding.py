@@ -11,7 +11,7 @@ from threading import get_ident
 from typing import TYPE_CHECKING
 
 from djinn_core.device.base import Device, Event
-from djinn_core.errors import DeviceError, DjinnError, SessionStateError
+from djinn_core.errors import DeviceError, DjinnError, IntegrityError, SessionStateError
 from djinn_core.interrupts import Uninterrupted
 from djinn_core.memory.regions import Region
 from djinn_core.sessions.blocks import Block, BlockTable, Layout, Stored
@@ -103,6 +103,13 @@ class Holding:
         self.found_clean = False
         self.forget_bytes()
 
+    def lose(self, lock: threading.Condition, what: str) -> None:
+        """A part of its state is gone: FAILED, unless it is closed."""
+        with lock:
+            if self.state not in (SessionState.CLOSED, SessionState.FAILED):
+                self.go(SessionState.FAILED, "fail")
+                self.failure = IntegrityError(f"session {self.id} has lost a part of its state: {what}")
+
     def forget_bytes(self) -> None:
         """Its lineage, or what is mapped of it, has changed."""
         self.found_own_bytes = self.found_missing_bytes = None
@@ -142,6 +149,16 @@ class Holding:
     def being_brought(self) -> bool:
         """A bring-in may still map something here."""
         return any(not job.done for job in self.jobs)
+
+    @property
+    def misled(self) -> bool:
+        """A bring-in that is not forgotten failed, or a copy of it did."""
+        for job in list(self.jobs):
+            try:
+                job.complete()
+            except DjinnError:
+                return True
+        return False
 
     def in_motion(self) -> bool:
         """A transfer of its memory is under way, and ends by itself.
@@ -272,10 +289,10 @@ class Use(Uninterrupted):
         Uninterrupted.__enter__(self)
         if not self._holding.user.acquire(blocking=False):
             Uninterrupted.__exit__(self)
-            raise SessionStateError(
-                f"session {self._holding.id} cannot {self._doing}: another thread is using it; a session has one "
-                "caller at a time"
-            )
+            user = "another thread is using it; a session has one caller at a time"
+            if self._holding.user_thread == get_ident():
+                user = "a call of it is under way on this thread (a hook of its pass?); let that end first"
+            raise SessionStateError(f"session {self._holding.id} cannot {self._doing}: {user}")
         self._holding.user_thread = get_ident()
 
     def __exit__(self, *exception: object) -> None:

@@ -121,6 +121,8 @@ class Pager(Writer):
         job = BringIn(self, holding, range(len(table.lengths)), reach)
         if not self._follow(holding, job):
             self._prune(holding)
+            if not holding.jobs:
+                self.sweep(holding)
             job.begin()
             if job.by_pass or any(job.arrival):
                 holding.jobs.append(job)
@@ -180,7 +182,7 @@ class Pager(Writer):
             holding.in_pass = state in (SessionState.RUNNING, SessionState.RESUMING)
         if not holding.in_pass:
             self.raise_failed(holding)
-            raise refusal(holding.id, state, "run")
+            raise refusal(holding.id, state, "run") from holding.failure
         if (behind := holding.behind) is not None:
             behind.end(done=False)  # of an earlier pass: nothing, unless that one was interrupted at its end
 
@@ -234,11 +236,9 @@ class Pager(Writer):
                 job.end(done=done)
 
     def _distrust(self, holding: Holding) -> None:
-        """Take back what failed copies were to fill; the host has it whole."""
-        failed = any(job.error for job in holding.jobs)
+        """Take back what failed copies were to fill; the host has it whole. A bring-in that failed is told of once."""
         lost = holding.lost()
-        failed = failed or bool(lost)
-        if failed:
+        if lost or holding.misled:
             with self.lock:
                 if holding.state in (SessionState.RESUMING, SessionState.RUNNING):
                     holding.go(SessionState.PAUSED, "fall back")

@@ -6,9 +6,12 @@ guess about the future: a bad one costs time, never state.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from djinn_core.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -72,3 +75,24 @@ class ExpectedLast:
             chosen.append(candidate.session)
             freed_bytes += candidate.device_bytes
         return chosen
+
+
+def chosen_by(policy: Policy, candidates: Sequence[Candidate], needed_bytes: int) -> list[str]:
+    """The policy's order, of those that could leave: ids of others, who may have left, are passed over.
+
+    Raises:
+        UsageError: the policy raised, or returned something else than ids; nothing was evicted. A user's own code must
+            not end the thread that asks it.
+    """
+    name = type(policy).__name__
+    try:
+        chosen = policy.choose(candidates, needed_bytes, time.monotonic())
+        ids = None if isinstance(chosen, str) else list(chosen)
+    except Exception as error:
+        raise UsageError(f"the policy {name} raised {type(error).__name__}: {error}; nothing was evicted") from error
+    if ids is None or not all(isinstance(each, str) for each in ids):
+        raise UsageError(
+            f"the policy {name} chose {chosen!r:.200}; it returns the ids of sessions, in order; nothing was evicted"
+        )
+    able = {candidate.session for candidate in candidates}
+    return [each for each in ids if each in able]

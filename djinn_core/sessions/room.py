@@ -12,12 +12,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TypeVar
 
 from djinn_core.device.base import Device, Event
-from djinn_core.errors import DeviceError, DjinnError, OutOfDeviceMemory, UsageError
+from djinn_core.errors import DeviceError, DjinnError, OutOfDeviceMemory
 from djinn_core.memory.disktier import DiskTier
 from djinn_core.memory.extents import Extent, ExtentPool
 from djinn_core.memory.hosttier import HostTier
@@ -26,7 +26,7 @@ from djinn_core.sessions.blocks import Block, pieces
 from djinn_core.sessions.holding import Holding
 from djinn_core.sessions.pagerevents import EVENTS_KEPT, PagerEvent
 from djinn_core.sessions.pauses import Pauses
-from djinn_core.sessions.policy import Candidate, ExpectedLast, Policy
+from djinn_core.sessions.policy import Candidate, ExpectedLast, Policy, chosen_by
 from djinn_core.sessions.staging import Staging
 from djinn_core.sessions.state import SessionState
 from djinn_core.sessions.tiers import PATIENCE_S, Tiers
@@ -232,11 +232,23 @@ class Room:
     def _take_out(self, holding: Holding, blocks: Sequence[Block]) -> int:
         """The unmaps themselves, all or none. Only copies behind a pass may still read these blocks.
 
-        `moving` keeps others away. Returns the bytes freed.
+        `moving` keeps others away. Returns the bytes freed. An unmap that fails, and cannot be undone, leaves no block
+        counted that is not mapped; one that only the device had is lost with it.
         """
         if (behind := holding.behind) is not None:
             behind.settle()
-        holding.region.unmap([block.offset for block in blocks])
+        try:
+            holding.region.unmap([block.offset for block in blocks])
+        except BaseException:
+            gone = [block for block in blocks if holding.region.at(block.offset) is None]
+            if any(map(holding.dirty, gone)):
+                holding.lose(self.lock, "KV that only the device had was unmapped, and could not be mapped again")
+            self._count_out(holding, gone)
+            raise
+        return self._count_out(holding, blocks)
+
+    def _count_out(self, holding: Holding, blocks: Iterable[Block]) -> int:
+        """`blocks` are mapped here no longer; returns the bytes freed."""
         free: list[Extent] = []
         with self.lock:
             for block in blocks:
@@ -315,7 +327,7 @@ class Room:
             )
         return got
 
-    def _who_stays(self, keep: Holding) -> str:
+    def _who_stays(self, keep: Holding | None = None) -> str:
         """The states of the others on the device, and what stopped one of them from leaving, if anything did."""
         with self.lock:
             there = [h for h in self.holdings.values() if h is not keep and h.mapped]
@@ -375,7 +387,7 @@ class Room:
                     if not made and beyond >= before_bytes:  # others may have left by themselves
                         raise OutOfDeviceMemory(
                             f"{beyond:,} bytes more than the new budget are held by weights, staging and sessions that "
-                            "run or arrive; pause or close one, or unload a model, and try again",
+                            f"cannot leave ({self._who_stays()}); pause or close one, or unload a model, and try again",
                             needed_bytes=self.pool.held_bytes,
                             free_bytes=self.pool.budget_bytes,
                         )
@@ -399,7 +411,7 @@ class Room:
         freed_any = False
         while self.pool.free_bytes < needed_bytes or not freed_any:
             candidates = self._candidates(keep, limit_s, tried)
-            chosen = self._choose(candidates, needed_bytes - self.pool.free_bytes)
+            chosen = chosen_by(self.policy, candidates, needed_bytes - self.pool.free_bytes)
             if not chosen:
                 break
             for name in chosen:
@@ -423,7 +435,7 @@ class Room:
                 for c in self._candidates(None, None, tried)
                 if c.clean and c.guessed_resume_s > (min(limit_s, due_s) if c.expected_resume_s is None else due_s)
             ]
-            chosen = self._choose(clean, missing)
+            chosen = chosen_by(self.policy, clean, missing)
             holding = self.holdings.get(chosen[0]) if chosen else None
             if holding is None:
                 return
@@ -435,21 +447,6 @@ class Room:
         """Whether `needed_bytes` are free, or would be if paused sessions not expected before `limit_s` left."""
         there = sum(size_bytes for _, size_bytes, _ in self._able(None, limit_s, set()))
         return self.pool.free_bytes + there >= needed_bytes
-
-    def _choose(self, candidates: Sequence[Candidate], needed_bytes: int) -> Sequence[str]:
-        """The policy's order, of those that could leave.
-
-        Raises:
-            UsageError: the policy raised; a user's own code must not end the thread that asks it.
-        """
-        try:
-            able = {candidate.session for candidate in candidates}
-            return [name for name in self.policy.choose(candidates, needed_bytes, time.monotonic()) if name in able]
-        except Exception as error:
-            name = type(self.policy).__name__
-            raise UsageError(
-                f"the policy {name} raised {type(error).__name__}: {error}; nothing was evicted"
-            ) from error
 
     def _try_evict(self, holding: Holding) -> bool:
         self.log(holding, "chosen", holding.own_device_bytes)

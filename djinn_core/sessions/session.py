@@ -119,7 +119,7 @@ class Session:
         state = self.state  # before the look at failures: one that comes after it is told by the pass
         self._pager.raise_failed(self._holding)
         if state not in (SessionState.RUNNING, SessionState.RESUMING):
-            raise refusal(self.id, state, doing)
+            raise refusal(self.id, state, doing) from self._holding.failure
         if self.stopped is not None:
             where = f"its last pass stopped after layer {self.stopped.layer}; resume it, or an earlier checkpoint"
             raise SessionStateError(f"session {self.id} cannot {doing}: {where}")

@@ -189,3 +189,19 @@ def test_a_failed_unmap_keeps_everything_mapped_with_its_bytes(cpu_device, nth):
     clear(pool, region)
     region.close()
     pool.close()
+
+
+def test_an_unmap_that_cannot_be_undone_says_what_is_mapped(cpu_device):
+    """Two spans: the first is unmapped, the second refused, and so is the map that would undo the first."""
+    unit = cpu_device.granularity_bytes
+    pool, region = ExtentPool(cpu_device, 16 * unit), Region(cpu_device, 8 * unit)
+    first, second = take(pool, cpu_device, 1, 1)
+    region.map([(0, first), (4 * unit, second)])
+    cpu_device.faults = FaultPlan().fail("unmap", 2).fail("map")
+    with pytest.raises(DeviceError, match="unmap number 2"):
+        region.unmap([0, 4 * unit])
+    assert region.at(0) is None and region.at(4 * unit) is second
+    region.map([(0, first)])
+    clear(pool, region)
+    region.close()
+    pool.close()

@@ -12,12 +12,19 @@ import pytest
 import torch
 
 from djinn_core.device.faults import FaultPlan
-from djinn_core.errors import DeviceError, DjinnError, OutOfDeviceMemory, OutOfHostMemory, UsageError
+from djinn_core.errors import (
+    DeviceError,
+    DjinnError,
+    OutOfDeviceMemory,
+    OutOfHostMemory,
+    SessionStateError,
+    UsageError,
+)
 from djinn_core.sessions import SessionState
 from djinn_core.sessions.snapshot import load_session
 from djinn_core.sessions.tensorfile import TensorFile
 from tests.sessions.oracle import Oracle, likely, prompt
-from tests.sessions.rigs import MakeRig, Rig, spill
+from tests.sessions.rigs import LAYERS, MakeRig, Rig, spill
 
 UNIT = 64 << 10
 pytestmark = pytest.mark.timeout(40)
@@ -408,3 +415,43 @@ def test_logits_keep_one_position(rig: Rig, monkeypatch) -> None:
     session._options = {}  # as for a model whose forward does not know logits_to_keep
     logits = session.forward(prompt())
     assert logits.untyped_storage().nbytes() == logits.numel() * logits.element_size()
+
+
+@pytest.mark.parametrize("choice", ["s1", [1, 2], 7])
+def test_a_policy_that_returns_no_ids_is_named(make_rig: MakeRig, choice: object) -> None:
+    class Strange:
+        def choose(self, candidates, needed_bytes, now_s):
+            return choice
+
+    rig = make_rig(device_bytes=8 * UNIT, policy=Strange())
+    one, two = rig.open(), rig.open()
+    one.forward(prompt())
+    one.pause()
+    one.wait_until("clean", 10)
+    with pytest.raises(UsageError, match="the policy Strange"):
+        two.forward(prompt(tokens=40))
+        rig.open().forward(prompt(tokens=40))
+
+
+def test_who_calls_a_session_from_its_own_pass_is_told_so(rig: Rig) -> None:
+    session, told = rig.open(), []
+
+    def inside(*_: object) -> None:
+        with pytest.raises(SessionStateError, match="under way on this thread"):
+            session.pause()
+        told.append(True)
+
+    hook = rig.served.get_input_embeddings().register_forward_hook(inside)
+    session.forward(prompt())
+    hook.remove()
+    assert told
+
+
+def test_a_resize_says_who_cannot_leave_and_why(make_rig: MakeRig) -> None:
+    rig = make_rig(device_bytes=6 * LAYERS * UNIT, host_bytes=2 * LAYERS * UNIT)
+    for _ in range(6):
+        session = rig.open()
+        session.forward(prompt())
+        session.pause()
+    with pytest.raises(OutOfDeviceMemory, match=r"cannot leave \(\d paused; .* the host is full"):
+        rig.sessions.pager.resize(2 * LAYERS * UNIT)

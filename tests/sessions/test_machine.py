@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
+from djinn_core.errors import SessionStateError
 from djinn_core.sessions import SessionState
 from djinn_core.sessions.snapshot import load_session
 from tests.sessions.lives import HALF, SESSION_BYTES, Life, replay
@@ -57,7 +58,14 @@ class Lives(RuleBasedStateMachine):
         return life
 
     def wake(self, life: Life, edit: bool) -> None:
-        life.resumed(life.session.resume(edits=[HALF] if edit and life.stopped else []), edit)
+        coming = life.session.state is SessionState.RESUMING and not life.stopped
+        try:
+            out = life.session.resume(edits=[HALF] if edit and life.stopped else [])
+        except SessionStateError:
+            if not coming or life.session.state is not SessionState.RUNNING:
+                raise
+            out = None  # it has come meanwhile
+        life.resumed(out, edit)
 
     @precondition(lambda self: len(self.lives) < 4)
     @rule()
@@ -86,9 +94,7 @@ class Lives(RuleBasedStateMachine):
     @precondition(lambda self: self.lives)
     @rule(which=WHICH, release=st.booleans(), hint=HINT)
     def pause(self, which: int, release: bool, hint: float | None) -> None:
-        life = self.pick(which)
-        if life.session.state is SessionState.RUNNING:
-            life.session.pause(release=release, expected_resume_s=hint)
+        self.pick(which).session.pause(release=release, expected_resume_s=hint)  # again, if it is paused already
 
     @precondition(lambda self: self.lives)
     @rule(which=WHICH)
