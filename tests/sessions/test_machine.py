@@ -58,13 +58,12 @@ class Lives(RuleBasedStateMachine):
         return life
 
     def wake(self, life: Life, edit: bool) -> None:
-        coming = life.session.state is SessionState.RESUMING and not life.stopped
         try:
             out = life.session.resume(edits=[HALF] if edit and life.stopped else [])
         except SessionStateError:
-            if not coming or life.session.state is not SessionState.RUNNING:
+            if life.stopped or life.session.state is not SessionState.RUNNING:
                 raise
-            out = None  # it has come meanwhile
+            out = None  # it was on its way, and has come meanwhile
         life.resumed(out, edit)
 
     @precondition(lambda self: len(self.lives) < 4)
