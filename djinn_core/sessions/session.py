@@ -238,8 +238,7 @@ class Session:
     ) -> torch.Tensor | Checkpoint:
         """One pass of layers `first` to `stop`; the session has moved on only when it returns."""
         pager, holding, last = self._pager, self._holding, stop or self._layers
-        new = inputs.ids.shape[1]
-        boundary = out = point = None
+        new, boundary, point = inputs.ids.shape[1], None, None
         before, was = list(holding.table.lengths), (self._story, self.stopped)
         try:
             pager.enter_pass(holding)
@@ -274,11 +273,13 @@ class Session:
             return point
         except BaseException:
             self._story, self.stopped = was
-            pager.abandon(holding, before)
-            if point is not None and point in holding.checkpoints:
-                pager.drop_checkpoint(holding, point)
-            elif boundary is not None:
-                pager.discard_boundary(boundary)
+            try:
+                pager.abandon(holding, before)
+            finally:
+                if point is not None and point in holding.checkpoints:
+                    pager.drop_checkpoint(holding, point)
+                elif boundary is not None:
+                    pager.discard_boundary(boundary)
             raise
 
     def _call(self, control: Control, inputs: PassInputs, start: int) -> torch.Tensor | None:
@@ -334,8 +335,7 @@ class Session:
         Args:
             edits: of the boundary, before it goes in; or a mapping from layer to edits.
         """
-        begun_s = time.perf_counter()
-        holding = self._holding
+        begun_s, holding = time.perf_counter(), self._holding
         with Use(holding, "resume"):  # as little as may be comes before a boundary's copy
             place = self.stopped if checkpoint is None else holding.own(checkpoint)
             state = holding.state

@@ -11,6 +11,7 @@ from djinn_core.device.faults import FaultPlan
 from djinn_core.errors import DeviceError, DjinnError, IntegrityError, SessionStateError, TransferError
 from djinn_core.sessions import Session, SessionState
 from djinn_core.sessions.bringin import BringIn
+from djinn_core.sessions.pager import Pager
 from tests.sessions.oracle import Oracle, equal, likely, prompt, speak
 from tests.sessions.rigs import LAYERS, Rig
 
@@ -96,3 +97,24 @@ def test_a_bring_in_that_failed_is_told_of_once(rig: Rig) -> None:
     assert session.state is SessionState.PAUSED and not holding.jobs
     session.resume()
     assert equal(speak(session, logits, 3), wanted)
+
+
+def test_a_boundary_goes_back_also_where_what_failed_cannot_be_undone(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, logits, _ = spoken(rig)
+    held_bytes, abandon = rig.host.held_bytes, Pager.abandon
+
+    def fail(*_: object) -> None:
+        raise DeviceError("planned")
+
+    def abandoned(pager: Pager, *given: object) -> None:
+        abandon(pager, *given)
+        fail()
+
+    monkeypatch.setattr(Pager, "abandon", abandoned)
+    hook = rig.served.get_input_embeddings().register_forward_hook(fail)
+    with pytest.raises(DeviceError, match="planned"):
+        session.forward(likely(logits), stop_after=2)
+    hook.remove()
+    assert rig.host.held_bytes == held_bytes
