@@ -6,8 +6,10 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 
-from djinn_core.errors import DjinnError
+from djinn_core.errors import DjinnError, SessionStateError
 from djinn_core.interrupts import wait_for
+
+_within = threading.local()  # `doors`: how many this thread is within, of whatever model or runtime
 
 
 class Door:
@@ -15,12 +17,10 @@ class Door:
 
     Args:
         refusal: makes the error for who comes when it is shut.
-        inside: makes the error for who would shut it from within, and wait for himself.
     """
 
-    def __init__(self, refusal: Callable[[], DjinnError], inside: Callable[[], DjinnError]) -> None:
+    def __init__(self, refusal: Callable[[], DjinnError]) -> None:
         self._refusal = refusal
-        self._inside = inside
         self._changed = threading.Condition()
         self._within: Counter[int] = Counter()  # by thread
         self._shut = 0  # by how many
@@ -31,27 +31,24 @@ class Door:
             if self._shut and me not in self._within:
                 raise self._refusal()
             self._within[me] += 1
+            _within.doors = getattr(_within, "doors", 0) + 1
 
     def __exit__(self, *exception: object) -> None:
         me = threading.get_ident()
         with self._changed:
+            _within.doors -= 1
             self._within[me] -= 1
             if not self._within[me]:
                 del self._within[me]
                 self._changed.notify_all()
 
-    def refuse_inside(self) -> None:
-        """Raise the error for it if the calling thread is within."""
-        if threading.get_ident() in self._within:
-            raise self._inside()
-
     def shut(self) -> None:
         """Let nobody in any more, and return when all are out. Ctrl-C ends the wait, and the door is open again.
 
         Raises:
-            DjinnError: the calling thread is within.
+            SessionStateError: the calling thread is within one.
         """
-        self.refuse_inside()
+        refuse_inside()
         with self._changed:
             self._shut += 1
             try:
@@ -64,3 +61,16 @@ class Door:
         """Take one `shut` back."""
         with self._changed:
             self._shut -= 1
+
+
+def refuse_inside() -> None:
+    """Who is within a door, of whatever model or runtime, shuts none: who is within that one may wait for him.
+
+    Raises:
+        SessionStateError: the calling thread is within one.
+    """
+    if getattr(_within, "doors", 0):
+        raise SessionStateError(
+            "a pass or a load is under way on this thread, which would close something meanwhile (from a hook, a "
+            "callback?); close it after that"
+        )

@@ -27,7 +27,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from djinn_core import context
 from djinn_core.device import named_device, open_device
-from djinn_core.door import Door
+from djinn_core.door import Door, refuse_inside
 from djinn_core.errors import ConfigError, OutOfDeviceMemory, SessionStateError, UsageError
 from djinn_core.interrupts import Uninterrupted, act, taken
 from djinn_core.loading import load_model
@@ -110,7 +110,7 @@ class Runtime:
         self._opening = threading.Lock()
         self._resizing = threading.Lock()
         self._closing = threading.Lock()
-        self._door = Door(_closed, _closed_inside)
+        self._door = Door(_closed)
         self._closed = False
         with Uninterrupted(), ExitStack() as held:
             if device == "cpu":
@@ -258,13 +258,19 @@ class Runtime:
             SessionStateError: it is not this runtime's, or this thread is within a pass of it (a hook).
         """
         self._check_loaded(model)
+        self._refuse_inside()
         with Uninterrupted():
             self._unload(model)
 
     def _unload(self, model: PreTrainedModel) -> None:
-        model.djinn.boundary.door.shut()
-        with self.turn:  # who calls the decoder itself has no more than that
-            model.djinn.close()
+        door = model.djinn.boundary.door
+        door.shut()
+        try:
+            with self.turn:  # who calls the decoder itself has no more than that
+                model.djinn.close()
+        finally:
+            if not model.djinn.closed:
+                door.open()
         self._models.pop(model.djinn.name, None)
 
     @property
@@ -383,26 +389,27 @@ class Runtime:
         with Uninterrupted(), taken(self._closing):
             if self._closed:
                 return
-            self._door.shut()
-            try:
+            with ExitStack() as undo:
+                for door in (self._door, *(model.djinn.boundary.door for model in self.models)):
+                    door.shut()
+                    undo.callback(door.open)
                 if self._sessions is not None:
                     self._sessions.close()  # not within the turn: whoever uses one of them may be waiting for it
-            except BaseException:
-                self._door.open()
-                raise
-            with ExitStack() as ending:
-                ending.callback(self._held.close)
-                ending.callback(setattr, self, "_closed", True)
-                for model in self.models:
-                    ending.callback(self._unload, model)
+                    self._sessions = None
+                with self.turn, ExitStack() as ending:
+                    undo.pop_all()
+                    ending.callback(self._held.close)
+                    ending.callback(setattr, self, "_closed", True)
+                    for model in self.models:
+                        ending.callback(self._unload, model)
 
     def _refuse_inside(self) -> None:
-        """Who closes from within would wait for himself."""
-        self._door.refuse_inside()
+        """Who closes from within would wait for himself, or for who waits for him."""
+        refuse_inside()
         if self._sessions is not None:
             self._sessions.refuse_inside()
-        for model in self.models:
-            model.djinn.boundary.door.refuse_inside()
+        if self.turn.held:  # a call of the decoder itself
+            raise SessionStateError("a pass is under way on this thread (a hook?); close or unload after it")
 
     def _check_open(self) -> None:
         if self._closed:
@@ -419,13 +426,6 @@ class Runtime:
 
 def _closed() -> SessionStateError:
     return SessionStateError("the runtime is closed; make a new one")
-
-
-def _closed_inside() -> SessionStateError:
-    return SessionStateError(
-        "this thread loads, opens or resizes something in the runtime that it would close (from a callback?); close it "
-        "after that"
-    )
 
 
 def _check_sizes(**sizes: int | None) -> None:

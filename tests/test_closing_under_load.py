@@ -14,6 +14,7 @@ from djinn_core import door as door_module
 from djinn_core.door import Door
 from djinn_core.errors import SessionStateError, UsageError
 from djinn_core.runtime import Runtime
+from djinn_core.turn import Turn
 
 LLAMA = LlamaConfig(
     hidden_size=64,
@@ -122,6 +123,65 @@ def test_who_would_wait_for_himself_is_told_and_goes_on(runtime: Runtime, model,
     assert torch.equal(model(IDS).logits, wanted), "nothing was closed"
 
 
+@pytest.mark.parametrize("how", ["whole", "decoder"])
+def test_nothing_is_unloaded_from_within_any_pass(runtime: Runtime, model, how: str) -> None:
+    """Who is within the other's may be waiting for this one's turn."""
+    other, told = load(runtime), []
+
+    def inside(*_: object) -> None:
+        for loaded in (model, other):
+            with pytest.raises(SessionStateError, match="on this thread"):
+                runtime.unload(loaded)
+        told.append(True)
+
+    hook = model.model.norm.register_forward_hook(inside)
+    (model if how == "whole" else model.model)(IDS)
+    hook.remove()
+    assert told
+    runtime.unload(other)
+
+
+def test_a_close_that_was_interrupted_can_be_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it waited for a pass: models and new sessions go on meanwhile."""
+    runtime = Runtime("cpu", **BUDGET)
+    models, waits, wait_for = [load(runtime), load(runtime)], [], door_module.wait_for
+    runtime.open_session(models[0], max_length=32).forward(IDS)
+
+    def interrupted(*given: object) -> object:
+        waits.append(given)
+        if len(waits) == 3:  # the runtime's door and the first model's are shut
+            raise KeyboardInterrupt
+        return wait_for(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(door_module, "wait_for", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            runtime.close()
+    for model in models:
+        model(IDS)
+        runtime.open_session(model, max_length=32).forward(IDS)
+    runtime.close()
+    assert runtime.pool.held_bytes == runtime.host.held_bytes == 0
+
+
+@pytest.mark.parametrize("what", ["unload", "close"])
+def test_who_is_interrupted_while_he_waits_for_the_turn_has_unloaded_nothing(
+    runtime: Runtime, model, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime.open_session(model, max_length=32).forward(IDS)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Turn, "__enter__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            runtime.close() if what == "close" else runtime.unload(model)
+    model(IDS)
+    runtime.open_session(model, max_length=32).forward(IDS)
+    runtime.unload(model)
+
+
 def test_two_unload_a_model_at_once(runtime: Runtime, model) -> None:
     with held_in_head(model, lambda: model(IDS)):
         both = [Thread(lambda: runtime.unload(model)) for _ in range(2)]
@@ -148,7 +208,7 @@ def test_a_callback_of_a_load_cannot_close_the_runtime(runtime: Runtime) -> None
     told = []
 
     def progress(*_: object) -> None:
-        with pytest.raises(SessionStateError, match="this thread loads"):
+        with pytest.raises(SessionStateError, match="under way on this thread"):
             runtime.close()
         told.append(True)
 
@@ -197,7 +257,7 @@ def test_only_open_sessions_of_a_runtime_are_evicted_there(runtime: Runtime, mod
 
 
 def test_a_door_that_nobody_waits_for_any_more_is_open_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    door = Door(lambda: SessionStateError("shut"), lambda: SessionStateError("within"))
+    door = Door(lambda: SessionStateError("shut"))
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -206,7 +266,7 @@ def test_a_door_that_nobody_waits_for_any_more_is_open_again(monkeypatch: pytest
         patch.setattr(door_module, "wait_for", interrupted)
         with pytest.raises(KeyboardInterrupt):
             door.shut()
-    with door, door, pytest.raises(SessionStateError, match="within"):
+    with door, door, pytest.raises(SessionStateError, match="on this thread"):
         door.shut()
     door.shut()
     with pytest.raises(SessionStateError, match="shut"), door:

@@ -88,8 +88,9 @@ class Region:
                     self._forget(offset)
                     removed.append((offset, extents[offset]))
         except BaseException:
-            with contextlib.suppress(DeviceError):
-                self.map(removed)
+            for piece in removed:
+                with contextlib.suppress(DeviceError):
+                    self.map([piece])
             raise
         return list(extents.values())
 

@@ -149,7 +149,7 @@ class Boundary:
         self.arity = _ARITY.get(type(layers[0]), _declared_arity(layers[0]))
         self._layer_class = type(layers[0])
         self._turn = turn
-        self.door = Door(unloaded, _used_inside)
+        self.door = Door(unloaded)
         self._count = len(layers)
         self._control: PassControl | None = None
         self._runner: int | None = None
@@ -164,7 +164,8 @@ class Boundary:
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with Uninterrupted(), self.door:
+            plain = RUNNING.get() is None  # a session's own code says where Ctrl-C acts
+            with Uninterrupted(), self.door, Interruptible() if plain else nullcontext():
                 return original(*args, **kwargs)
 
         return forward
@@ -296,12 +297,6 @@ def install(
 def executed_layers(model: nn.Module) -> tuple[int, ...]:
     """How often each layer's own code has run since `install`, by layer index."""
     return tuple(model._djinn_boundary.executed)
-
-
-def _used_inside() -> SessionStateError:
-    return SessionStateError(
-        "a pass of the model is running on this thread, which unloads it meanwhile (from a hook?); unload it after that"
-    )
 
 
 def _declared_arity(layer: nn.Module) -> int | None:

@@ -267,11 +267,12 @@ class Room:
     def sweep(self, holding: Holding) -> None:
         """Unmap what a bring-in had mapped and could not unmap. Nothing is being brought in."""
         stale = [offset for offset in holding.region.mapped() if offset not in holding.mapped]
-        if stale:
-            holding.region.unmap(stale)
-        for offset in stale:
-            if (own := holding.stale.pop(offset, None)) is not None:
-                self.pool.give_back(own)
+        try:
+            if stale:
+                holding.region.unmap(stale)
+        finally:
+            for offset in [offset for offset in holding.stale if holding.region.at(offset) is None]:
+                self.pool.give_back(holding.stale.pop(offset))
 
     def _settle_device(self, holding: Holding) -> None:
         """Nothing queued on the device touches this session's memory any more.
