@@ -9,7 +9,7 @@ from collections.abc import Callable
 from djinn_core.errors import DjinnError, SessionStateError
 from djinn_core.interrupts import wait_for
 
-_within = threading.local()  # `doors`: how many this thread is within, of whatever model or runtime
+_thread = threading.local()  # `doors`: how many this thread is within, of whatever model or runtime
 
 
 class Door:
@@ -31,12 +31,12 @@ class Door:
             if self._shut and me not in self._within:
                 raise self._refusal()
             self._within[me] += 1
-            _within.doors = getattr(_within, "doors", 0) + 1
+            _thread.doors = getattr(_thread, "doors", 0) + 1
 
     def __exit__(self, *exception: object) -> None:
         me = threading.get_ident()
         with self._changed:
-            _within.doors -= 1
+            _thread.doors -= 1
             self._within[me] -= 1
             if not self._within[me]:
                 del self._within[me]
@@ -69,7 +69,7 @@ def refuse_inside() -> None:
     Raises:
         SessionStateError: the calling thread is within one.
     """
-    if getattr(_within, "doors", 0):
+    if getattr(_thread, "doors", 0):
         raise SessionStateError(
             "a pass or a load is under way on this thread, which would close something meanwhile (from a hook, a "
             "callback?); close it after that"

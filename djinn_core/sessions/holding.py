@@ -103,12 +103,11 @@ class Holding:
         self.found_clean = False
         self.forget_bytes()
 
-    def lose(self, lock: threading.Condition, what: str) -> None:
-        """A part of its state is gone: FAILED, unless it is closed."""
-        with lock:
-            if self.state not in (SessionState.CLOSED, SessionState.FAILED):
-                self.go(SessionState.FAILED, "fail")
-                self.failure = IntegrityError(f"session {self.id} has lost a part of its state: {what}")
+    def lose(self, failure: IntegrityError) -> None:
+        """A part of its state is gone: FAILED, unless it is so already, or closed. The pager's lock is held."""
+        if self.state not in (SessionState.CLOSED, SessionState.FAILED):
+            self.go(SessionState.FAILED, "fail")
+            self.failure = failure
 
     def forget_bytes(self) -> None:
         """Its lineage, or what is mapped of it, has changed."""

@@ -408,9 +408,8 @@ class Pager(Writer):
         """RUNNING when a resume has succeeded, else paused again or off the device; FAILED when bytes were lost."""
         with self.lock:
             state = holding.state
-            if isinstance(error, IntegrityError) and state not in (SessionState.CLOSED, SessionState.FAILED):
-                holding.go(SessionState.FAILED, "fail")
-                holding.failure = error
+            if isinstance(error, IntegrityError):
+                holding.lose(error)
             elif state is SessionState.RESUMING and error is None:
                 holding.go(SessionState.RUNNING, "run")
             elif state is SessionState.RESUMING:

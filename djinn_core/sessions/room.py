@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import TypeVar
 
 from djinn_core.device.base import Device, Event
-from djinn_core.errors import DeviceError, DjinnError, OutOfDeviceMemory
+from djinn_core.errors import DeviceError, DjinnError, IntegrityError, OutOfDeviceMemory
 from djinn_core.memory.disktier import DiskTier
 from djinn_core.memory.extents import Extent, ExtentPool
 from djinn_core.memory.hosttier import HostTier
@@ -242,7 +242,8 @@ class Room:
         except BaseException:
             gone = [block for block in blocks if holding.region.at(block.offset) is None]
             if any(map(holding.dirty, gone)):
-                holding.lose(self.lock, "KV that only the device had was unmapped, and could not be mapped again")
+                with self.lock:
+                    holding.lose(IntegrityError(f"session {holding.id} has lost KV that only the device had"))
             self._count_out(holding, gone)
             raise
         return self._count_out(holding, blocks)

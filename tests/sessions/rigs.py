@@ -151,3 +151,12 @@ def begun(rig: Rig) -> tuple[Oracle, Session, torch.Tensor]:
     oracle.greedy(oracle.forward(prompt()), PROOFS)
     assert rig.graphs.recorded == LAYERS
     return oracle, session, logits
+
+
+def released(rig: Rig, seed: int = 1) -> Session:
+    """A session that has left the device; `seed` is its prompt's."""
+    session = rig.open()
+    session.forward(prompt(seed=seed))
+    session.pause(release=True)
+    session.wait_until("released", 10)
+    return session

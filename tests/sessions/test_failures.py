@@ -430,7 +430,6 @@ def test_a_policy_that_returns_no_ids_is_named(make_rig: MakeRig, choice: object
     one.wait_until("clean", 10)
     with pytest.raises(UsageError, match="the policy Strange"):
         two.forward(prompt(tokens=40))
-        rig.open().forward(prompt(tokens=40))
 
 
 def test_who_calls_a_session_from_its_own_pass_is_told_so(rig: Rig) -> None:

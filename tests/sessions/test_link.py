@@ -13,24 +13,16 @@ import torch
 from djinn_core.device.faults import FaultPlan
 from djinn_core.errors import DeviceError
 from djinn_core.memory.regions import Region
-from djinn_core.sessions import Session, SessionState, ahead, bringin, link
+from djinn_core.sessions import SessionState, ahead, bringin, link
 from djinn_core.sessions.holding import Use
 from tests.sessions.oracle import Oracle, prompt
-from tests.sessions.rigs import LAYERS, MakeRig, Rig, wait_for
+from tests.sessions.rigs import LAYERS, MakeRig, Rig, released, wait_for
 
 pytestmark = pytest.mark.timeout(60)  # the watchdog: a bring-in that nobody ends
 
 SESSION_BYTES = LAYERS * (64 << 10)
 LINK_GBPS = 0.0002
 LAYER_MS = 38  # what 15 tokens of a layer take then
-
-
-def released(rig: Rig, seed: int) -> Session:
-    session = rig.open()
-    session.forward(prompt(seed=seed))
-    session.pause(release=True)
-    session.wait_until("released", 10)
-    return session
 
 
 def order_of(jobs: dict[str, object]) -> list[str]:

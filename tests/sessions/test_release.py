@@ -13,7 +13,7 @@ from djinn_core.device.faults import FaultPlan
 from djinn_core.errors import UsageError
 from djinn_core.sessions import SessionState, bringin, writeback
 from tests.sessions.oracle import Oracle, equal, prompt, speak
-from tests.sessions.rigs import LAYERS, MakeRig, Rig, wait_for
+from tests.sessions.rigs import LAYERS, MakeRig, Rig, released, wait_for
 
 LINK_GBPS = 0.0002  # 15 tokens of a layer take 38 ms
 LAYER_BYTES = 64 << 10
@@ -165,10 +165,7 @@ def test_who_is_paused_can_say_anew_when_it_will_be_wanted(rig: Rig, away: bool)
 def test_who_fell_back_after_a_failed_copy_may_be_paused(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its owner takes it to run; his hint is not lost."""
     monkeypatch.setattr(bringin, "STEP_BYTES", 1)
-    session = rig.open()
-    session.forward(prompt())
-    session.pause(release=True)
-    session.wait_until("released", 10)
+    session = released(rig)
     rig.device.faults = FaultPlan().fail("copy", LAYERS)
     session.resume()
     wait_for(lambda: session.state is not SessionState.RESUMING)

@@ -22,7 +22,7 @@ from djinn_core.sessions.pager import Pager
 from djinn_core.sessions.staging import INBOUND_SLOTS
 from djinn_core.turn import Way
 from tests.sessions.oracle import Oracle, prompt
-from tests.sessions.rigs import LAYERS, Rig, wait_for
+from tests.sessions.rigs import LAYERS, Rig, released, wait_for
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -339,10 +339,7 @@ def test_of_two_who_resume_at_once_neither_issues_a_second_layer_before_the_othe
     rig: Rig, patient: None, asks: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bringin_module, "STEP_BYTES", 1)
-    session, pager = rig.open(), rig.sessions.pager
-    session.forward(prompt())
-    session.pause(release=True)
-    session.wait_until("released", 10)
+    session, pager = released(rig), rig.sessions.pager
     begun = threading.Thread(target=lambda: pager.resume(session._holding, 0, 0, 0))
     with pager.way:  # this thread is the other one
         begun.start()
@@ -356,10 +353,7 @@ def test_later_layers_and_the_look_ahead_come_behind_who_resumes(
     rig: Rig, patient: None, asks: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bringin_module, "STEP_BYTES", 1)
-    session, pager = rig.open(), rig.sessions.pager
-    session.forward(prompt())
-    session.pause(release=True)
-    session.wait_until("released", 10)
+    session, pager = released(rig), rig.sessions.pager
     with pager.way:
         pager.resume(session._holding, 0, 0, 0)  # the first two are issued here, the rest by the link
         held_up(asks, "djinn-link")
