@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
@@ -60,6 +60,54 @@ class Graph(Protocol):
 
     def replay(self, stream: Stream) -> None:
         """Do what was recorded, in the order of `stream`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A part of a chain: two graphs, and a step between them that is not the same in every replay.
+
+    Attributes:
+        reads: the tensors that the step reads, besides the one that changes; in every row laid out alike.
+        into: where what the step makes belongs.
+    """
+
+    before: Graph
+    behind: Graph
+    reads: tuple[torch.Tensor, ...]
+    into: torch.Tensor
+
+
+class Chain(Protocol):
+    """Rows one behind the other, issued in one call."""
+
+    def replay(
+        self, stream: Stream, key: Hashable, step: Callable[[int], torch.Tensor], changing: Sequence[torch.Tensor]
+    ) -> Hashable:
+        """Do all rows, in the order of `stream`.
+
+        Args:
+            key: steps of the same key do the same, but for which tensors they are given.
+            step: issues the step of a row. What it does in one row it does in all, with the row's tensors; it may be
+                called for the first one only, or not at all for a key that has been there.
+            changing: for each row the tensor that is another one from replay to replay; laid out alike.
+
+        Returns:
+            What the steps consist of; where it is the same, they differ in values and addresses at most.
+
+        Raises:
+            DeviceError: steps like this cannot be changed from launch to launch, or one could not be recorded, as while
+                another thread waits for the whole device; nothing has been issued.
+        """
+
+
+class Graphs(Protocol):
+    """Makes graphs that share memory: they are recorded and replayed one after the other, in stream order."""
+
+    def new(self) -> Graph:
+        """An empty one."""
+
+    def chain(self, rows: Sequence[Row]) -> Chain:
+        """A chain of graphs that were made here and recorded."""
 
 
 class HostBytes(Protocol):
@@ -223,8 +271,8 @@ class Device(ABC):
         """Run `work`, a function of torch operations, in the order of `stream`."""
 
     @abstractmethod
-    def graphs(self) -> Callable[[], Graph]:
-        """Makes empty graphs that share memory: they are recorded and replayed one after the other, in stream order."""
+    def graphs(self) -> Graphs:
+        """What makes graphs that share memory."""
 
     @abstractmethod
     def synchronize(self) -> None:

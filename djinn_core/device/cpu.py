@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 
 from djinn_core.device import libc
-from djinn_core.device.base import Device, Event, Graph, Stream, maps_within
+from djinn_core.device.base import Device, Event, Stream, maps_within
 from djinn_core.device.faults import FaultPlan
-from djinn_core.device.hostgraph import HostGraph
+from djinn_core.device.hostgraph import HostGraphs
 from djinn_core.device.hoststreams import CallerStream, HostEvent, WorkerStream
 from djinn_core.device.spans import FreeSpans
 from djinn_core.errors import DeviceError, DjinnError, OutOfDeviceMemory, TransferError
@@ -227,8 +227,8 @@ class CpuDevice(Device):
 
         stream.put(in_mode)
 
-    def graphs(self) -> Callable[[], Graph]:
-        return HostGraph
+    def graphs(self) -> HostGraphs:
+        return HostGraphs()
 
     def synchronize(self) -> None:
         with self._lock:

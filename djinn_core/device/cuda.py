@@ -17,14 +17,15 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from cuda.bindings import driver
 
-from djinn_core.device.base import Device, Direction, Event, Graph, HostBytes, Stream, maps_within
+from djinn_core.device.base import Device, Direction, Event, HostBytes, Stream, maps_within
+from djinn_core.device.cudagraphs import CudaGraphs
+from djinn_core.device.drivercalls import checked, describe
 from djinn_core.device.heldcalls import HeldCalls
 from djinn_core.errors import DeviceError, OutOfDeviceMemory, PinningRefused, TransferError
 
@@ -34,19 +35,6 @@ _EQUAL = int(driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_EQ)
 _idle_streams: dict[tuple[int, int], list[int]] = defaultdict(list)  # of closed devices, by index and priority
 RECORDING_S = 1.0  # a layer takes some milliseconds
 BATCHES_FROM = 12_080  # the CUDA version of the driver that has cuMemcpyBatchAsync; older ones get a call per copy
-
-
-def describe(call: str, code: driver.CUresult) -> str:
-    """What the driver says about a failed call, in one line."""
-    found, text = driver.cuGetErrorString(code)
-    return f"{call} failed: {code.name}, {'no description' if found else text.decode()}"
-
-
-def checked(call: str, result: tuple[Any, ...]) -> Any:
-    """The value of a driver call's `result`. Raises DeviceError with the call's name and the driver's words."""
-    if result[0]:
-        raise DeviceError(describe(call, result[0]))
-    return result[1] if len(result) == 2 else None
 
 
 def check_copy(dst: torch.Tensor, src: torch.Tensor) -> None:
@@ -67,55 +55,6 @@ class _Bytes:
             "data": (address, False),
             "version": 2,
         }
-
-
-class CudaGraph:
-    """`Graph` by stream capture. What is allocated meanwhile lies in a pool of torch's allocator.
-
-    Not taken: `torch.cuda.CUDAGraph`. Where a capture fails it leaves torch's allocator and its random numbers in the
-    middle of one.
-    """
-
-    def __init__(self, index: int, pool: torch.cuda.MemPool, stream: Stream) -> None:
-        self._index = index
-        self._pool = pool
-        self._stream = stream
-        self._outside = ExitStack()
-        self._launched: driver.CUgraphExec | None = None
-
-    def begin(self) -> None:
-        with ExitStack() as outside:
-            outside.enter_context(torch.cuda.use_mem_pool(self._pool, self._index))
-            outside.enter_context(torch.cuda.stream(self._stream))  # the default one cannot be captured
-            mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL  # others allocate and map meanwhile
-            checked("cuStreamBeginCapture", driver.cuStreamBeginCapture(self._stream.cuda_stream, mode))
-            self._outside = outside.pop_all()
-
-    def end(self) -> None:
-        code, graph = self._leave()
-        if code:
-            raise DeviceError(describe("cuStreamEndCapture", code))
-        try:
-            self._launched = checked("cuGraphInstantiate", driver.cuGraphInstantiate(graph, 0))
-        finally:
-            driver.cuGraphDestroy(graph)
-
-    def abandon(self) -> None:
-        code, graph = self._leave()
-        if not code:
-            driver.cuGraphDestroy(graph)
-
-    def _leave(self) -> tuple[driver.CUresult, driver.CUgraph]:
-        with self._outside:
-            return driver.cuStreamEndCapture(self._stream.cuda_stream)
-
-    def replay(self, stream: Stream) -> None:
-        if code := driver.cuGraphLaunch(self._launched, stream.cuda_stream)[0]:
-            raise DeviceError(describe("cuGraphLaunch", code))
-
-    def __del__(self) -> None:
-        if self._launched is not None:
-            driver.cuGraphExecDestroy(self._launched)  # behind what is running
 
 
 class CudaDevice(Device):
@@ -269,9 +208,9 @@ class CudaDevice(Device):
         with torch.cuda.stream(stream):
             work()
 
-    def graphs(self) -> Callable[[], Graph]:
+    def graphs(self) -> CudaGraphs:
         with torch.cuda.device(self._index):
-            return partial(CudaGraph, self._index, torch.cuda.MemPool(), self.stream())
+            return CudaGraphs(self._index, torch.cuda.MemPool(), self.stream())
 
     def synchronize(self) -> None:
         give_up_s = time.monotonic() + RECORDING_S

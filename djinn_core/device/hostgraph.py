@@ -5,6 +5,7 @@ As on a GPU, nothing has been done when the recording ends: what it returned is 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
-    from djinn_core.device.base import Stream
+    from djinn_core.device.base import Row, Stream
 
 UNKNOWN = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
@@ -58,6 +59,32 @@ class HostGraph(TorchDispatchMode):
         for func, args, kwargs, made in self._steps:
             for mine, new in zip(made, _tensors(func(*args, **kwargs)), strict=False):
                 mine.copy_(new)
+
+
+class HostChain:
+    """`Chain`, in which every step is issued anew."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = tuple(rows)
+
+    def replay(
+        self, stream: Stream, key: Hashable, step: Callable[[int], torch.Tensor], changing: Sequence[torch.Tensor]
+    ) -> Hashable:
+        for number, row in enumerate(self._rows):
+            row.before.replay(stream)
+            row.into.copy_(step(number))
+            row.behind.replay(stream)
+        return None
+
+
+class HostGraphs:
+    """`Graphs` for the emulated device."""
+
+    def new(self) -> HostGraph:
+        return HostGraph()
+
+    def chain(self, rows: Sequence[Row]) -> HostChain:
+        return HostChain(rows)
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

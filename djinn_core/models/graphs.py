@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from operator import attrgetter, contains, is_
@@ -37,9 +37,10 @@ from transformers import Cache
 from djinn_core.interrupts import Uninterrupted
 from djinn_core.models.layercalls import copied, first_of, hidden_of, replace_hidden
 from djinn_core.models.recording import NotRecorded, Places, Recorded, Recording
+from djinn_core.models.wholepass import WholePass
 
 if TYPE_CHECKING:
-    from djinn_core.device.base import Device, Graph, Stream
+    from djinn_core.device.base import Device, Graphs, Stream
 
 KINDS = 8  # of calls that are recorded; a setting that changes with every call must not fill the memory
 TRIES = 3  # recordings of a layer: another thread that waits for the whole device makes one fail
@@ -50,6 +51,7 @@ PRECISIONS = (  # of `torch.backends.cuda.matmul`; an older torch has not all of
     "allow_fp16_reduced_precision_reduction",
     "allow_bf16_reduced_precision_reduction",
 )
+ATTENTIONS = ("flash", "mem_efficient", "math", "cudnn")  # that `torch.backends.cuda` has a switch for
 
 _forward_of, _trains = attrgetter("forward"), attrgetter("training")
 _log = logging.getLogger("djinn.graphs")
@@ -64,24 +66,38 @@ class _Call:
         layers: for each layer its graphs; None where it has none for good.
         tries: how often each was recorded.
         cache: of the pass under way.
+        whole: all layers in one launch; None where they have not been put together, or not all have graphs.
+        faults: how often in a row that failed; at `TRIES` it is not tried again.
     """
 
     inputs: list[torch.Tensor]
     layers: dict[int, Recorded | None] = field(default_factory=dict)
     tries: Counter[int] = field(default_factory=Counter)
     cache: Cache | None = None
+    whole: WholePass | None = None
+    faults: int = 0
+
+
+@dataclass(eq=False)
+class _Claims:
+    """What a pass in one launch gave for each layer: its output, K and V; those that are still to be compared."""
+
+    whole: WholePass
+    kind: Hashable
+    given: dict[int, tuple[torch.Tensor, ...]]
 
 
 class _Watched:
-    """A layer, and whether it is still what was recorded. Asked in every layer of every token: no loop in Python."""
+    """Layers, and whether they are still what was recorded. Asked for every token: no loop in Python."""
 
-    def __init__(self, layer: nn.Module) -> None:
-        modules = list(layer.modules())
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        modules = [module for layer in layers for module in layer.modules()]
         self._modules = modules
         self._hooks = [_global_forward_hooks, _global_forward_pre_hooks]
         self._hooks += [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self._inside = [vars(module) for module in modules[1:]]  # the layer's own `forward` is the boundary's
-        self._outside = vars(layer), vars(layer).get("forward")
+        self._outside = list(map(vars, layers))  # a layer's own `forward` is the boundary's
+        self._outer = list(map(dict.get, self._outside, repeat("forward")))
+        self._inside = [vars(module) for layer in layers for module in list(layer.modules())[1:]]
         self._children = [module._modules for module in modules]
         self._sizes = list(map(len, self._children))
         families = [(group, name) for group in self._children for name in group]
@@ -95,10 +111,10 @@ class _Watched:
 
     @property
     def altered(self) -> bool:
-        """A hook, another module, another class or another `forward` is in it, or it is being trained."""
+        """A hook, another module, another class or another `forward` is in them, or one is being trained."""
         return (
             any(self._hooks)
-            or self._outside[0].get("forward") is not self._outside[1]
+            or not all(map(is_, map(dict.get, self._outside, repeat("forward")), self._outer))
             or list(map(len, self._children)) != self._sizes
             or not all(map(is_, map(dict.get, self._parents, self._roles), self._had))
             or not all(map(is_, map(type, self._modules), self._classes))
@@ -109,7 +125,7 @@ class _Watched:
 
     @property
     def places(self) -> Places:
-        """Which parameters and buffers it has, and where."""
+        """Which parameters and buffers they have, and where."""
         return Places(list(map(dict.get, self._groups, self._names)))
 
     def moved(self, since: Places) -> bool:
@@ -128,13 +144,16 @@ class LayerGraphs:
 
     def __init__(self, device: Device, layers: Sequence[nn.Module], recordable: Iterable[int]) -> None:
         self._device = device
-        self._graph: Callable[[], Graph] | None = device.graphs()
-        self._watched = {index: _Watched(layers[index]) for index in recordable}
+        self._graphs: Graphs | None = device.graphs()
+        self._watched = {index: _Watched([layers[index]]) for index in recordable}
+        self._all = _Watched(layers) if len(self._watched) == len(layers) else None
         self._calls: dict[tuple, _Call] = {}
         self._reasons: dict[str, int] = {}
         self._given: tuple | None = None  # the arguments of the layer before, in the same pass
         self._call: _Call | None = None
         self._looked: tuple[int, bool] = (-1, False)  # which layer was looked at last, and whether it is altered
+        self._whole: WholePass | None = None  # has issued all layers of the pass under way
+        self._claims: _Claims | None = None
         self._done = device.event()
         self._stream: Stream | None = None
 
@@ -142,6 +161,14 @@ class LayerGraphs:
     def recorded(self) -> int:
         """How many layers have graphs, over all kinds of call."""
         return sum(found is not None for call in self._calls.values() for found in call.layers.values())
+
+    @property
+    def whole(self) -> int:
+        """How many kinds of call go out in one launch, where nothing happens between their layers."""
+        return sum(
+            call.whole is not None and max(call.whole.proofs.values(), default=0) >= PROOFS
+            for call in self._calls.values()
+        )
 
     @property
     def refused(self) -> dict[str, int]:
@@ -159,6 +186,7 @@ class LayerGraphs:
         """The pass has ended; what it was given is let go of."""
         self._forget_given()
         self._looked = (-1, False)
+        self._whole = self._claims = None
         if self._stream is not None:
             self._done.record(self._stream)
 
@@ -167,18 +195,25 @@ class LayerGraphs:
         self._forget_given()
         self._watched.clear()
         self._calls.clear()
-        self._graph = None  # and with it the memory that they shared
+        self._graphs = self._all = None  # and with them the memory that they shared
 
-    def run(self, index: int, original: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    def run(self, index: int, original: Callable[..., Any], args: tuple, kwargs: dict, *, whole: bool = False) -> Any:
         """`original(*args, **kwargs)` of layer `index`, from its graphs if it can be.
 
         What it returns is overwritten by its next pass only where the next layer takes it, unseen by anyone else.
+
+        Args:
+            whole: nothing happens between the layers from here on, so that they may be issued at once.
         """
         hidden = hidden_of(args, kwargs)
+        given = (*args[1:], *kwargs.values()) if args else _others(kwargs)
+        if self._whole is not None:
+            if hidden is self._whole.layers[index - 1].out and self._is_given(given):
+                return self._passed_on(index, self._whole.layers[index])
+            self._whole = None  # the decoder does something else this time: this layer and the next ones once more
         if index not in self._watched or hidden.shape[1] != 1 or self._altered(index):
             return original(*args, **kwargs)
-        given = (*args[1:], *kwargs.values()) if args else _others(kwargs)
-        if self._given is None or len(given) != len(self._given) or not all(map(is_, given, self._given)):
+        if not self._is_given(given):
             self._forget_given()
             self._given, self._call = given, self._call_of(index, hidden, given, tuple(kwargs))
         call = self._call
@@ -194,8 +229,65 @@ class LayerGraphs:
             return self._first_time(index, original, args, kwargs)
         if found.proofs < PROOFS:
             return self._prove(index, found, original, args, kwargs)
-        out = found.issue(hidden, call.cache.layers[index], self._stream)
-        return out if self._comes_next(index + 1) else copied(out)
+        if whole and self._all is not None and call.faults < TRIES and self._issue_whole(hidden):
+            return self._passed_on(index, found)
+        found.issue(hidden, call.cache.layers[index], self._stream)
+        if self._claims is not None:
+            self._compare(index, found)
+        return found.returned if self._comes_next(index + 1) else copied(found.returned)
+
+    def _is_given(self, given: tuple) -> bool:
+        """As the layer before in the same pass."""
+        mine = self._given
+        return mine is not None and len(given) == len(mine) and all(map(is_, given, mine))
+
+    def _passed_on(self, index: int, found: Recorded) -> Any:
+        """What layer `index` returns, in a pass that has been issued."""
+        return found.returned if index + 1 < len(self._whole.layers) else copied(found.returned)
+
+    def _issue_whole(self, hidden: torch.Tensor) -> bool:
+        """Issue all layers at once, if they can be and have been proven to be right. False: one by one, as ever."""
+        call = self._call
+        try:
+            whole = call.whole or self._put_together(call)
+            if whole is None or not call.cache.uniform or self._all.altered or self._all.moved(whole.places):
+                return False
+            kind = whole.issue(hidden, call.cache, self._stream)
+        except Exception as error:  # noqa: BLE001 - the layers run one by one
+            call.faults = TRIES if isinstance(error, NotRecorded) else call.faults + 1
+            self._tell_of_whole(call, f"{type(error).__name__}: {error}")
+            return False
+        call.faults = 0
+        if whole.proofs[kind] >= PROOFS:
+            self._whole = whole
+            return True
+        outs = {index: (layer.out, *call.cache.layers[index].written(1)) for index, layer in enumerate(whole.layers)}
+        self._claims = _Claims(whole, kind, {index: tuple(map(torch.clone, out)) for index, out in outs.items()})
+        return False
+
+    def _put_together(self, call: _Call) -> WholePass | None:
+        """None as long as a layer has no graphs that were proven, or does not read what the one before writes."""
+        layers = [call.layers.get(index) for index in range(len(self._watched))]
+        if any(layer is None or layer.proofs < PROOFS for layer in layers):
+            return None
+        apart = [index for index in range(1, len(layers)) if layers[index].hidden is not layers[index - 1].out]
+        for index in apart:
+            del call.layers[index]  # it is recorded again, behind the one that is there now
+        if not apart:
+            call.whole = WholePass(self._graphs, layers, self._all.places)
+        return call.whole
+
+    def _compare(self, index: int, found: Recorded) -> None:
+        """What was issued at once with what was issued one by one; proven when all layers gave the same."""
+        call, claims = self._call, self._claims
+        given = claims.given.pop(index, ())
+        mine = (found.out, *call.cache.layers[index].written(1))
+        if len(given) != len(mine) or not all(map(_same, given, mine)):
+            self._claims, call.whole, call.faults = None, None, TRIES
+            self._tell_of_whole(call, "it gives other values than the layers one by one")
+        elif not claims.given:
+            self._claims = None
+            claims.whole.proofs[claims.kind] += 1
 
     def _altered(self, index: int) -> bool:
         if self._looked[0] != index:
@@ -210,6 +302,7 @@ class LayerGraphs:
     def _forget_recordings(self, index: int) -> None:
         """Layer `index` has other parameters, or has them elsewhere; all its recordings hold the old ones."""
         for call in self._calls.values():
+            call.whole = None
             if call.layers.get(index) is not None:
                 del call.layers[index]
 
@@ -265,7 +358,7 @@ class LayerGraphs:
             mine = torch.empty_like(hidden_of(args, kwargs)) if before is None else before.out
             mine.copy_(hidden_of(args, kwargs))
             try:
-                recording = Recording(self._graph, self._stream, mine, call.cache.layers[index])
+                recording = Recording(self._graphs, self._stream, mine, call.cache.layers[index])
                 given = _with(call.inputs, mine, recording, args, kwargs)
                 return recording.record(original, *given, self._watched[index].places)
             except NotRecorded as reason:
@@ -290,6 +383,11 @@ class LayerGraphs:
             self._call.layers[index] = None
             self._tell(index, why)
         return out
+
+    def _tell_of_whole(self, call: _Call, why: str) -> None:
+        if call.faults == TRIES:
+            call.whole = None
+            _log.warning("passes go out layer by layer, each from its graphs: %s", why)
 
     def _tell(self, index: int, why: str) -> None:
         if why not in self._reasons:
@@ -318,6 +416,8 @@ def _modes(device_type: str) -> tuple:
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cuda.preferred_blas_library(),
         *(getattr(settings, name, None) for name in PRECISIONS),
+        *(getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in ATTENTIONS),
+        *torch._C._get_sdp_priority_order(),
     )
 
 

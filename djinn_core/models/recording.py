@@ -16,11 +16,17 @@ from torch.nn.functional import scaled_dot_product_attention as attention
 from torch.overrides import TorchFunctionMode
 
 if TYPE_CHECKING:
-    from djinn_core.device.base import Graph, Stream
+    from djinn_core.device.base import Graph, Graphs, Stream
 
 
 class CacheLayer(Protocol):
-    """What a layer's part of the cache must offer: `SessionLayer`."""
+    """What a layer's part of the cache must offer: `SessionLayer`.
+
+    Attributes:
+        span: [T, 2, B, H_kv, D], where K and V are kept.
+    """
+
+    span: torch.Tensor
 
     def update(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -91,6 +97,11 @@ class Recorded:
         keys, values = cache_layer.append(self.new)
         self.attended.copy_(attention(self.query, keys, values, **self.settings))
         self.behind.replay(stream)
+        return self.returned
+
+    @property
+    def returned(self) -> Any:
+        """What the layer returns, in the form in which it does."""
         return self.out if self.extras is None else (self.out, *self.extras)
 
 
@@ -98,19 +109,17 @@ class Recording(TorchFunctionMode):
     """Records one layer, once.
 
     Args:
-        graph: makes a new graph.
+        graphs: makes the two graphs.
         stream: of the pass.
         hidden: [B, 1, hidden], what the graphs will read.
     """
 
-    def __init__(
-        self, graph: Callable[[], Graph], stream: Stream, hidden: torch.Tensor, cache_layer: CacheLayer
-    ) -> None:
+    def __init__(self, graphs: Graphs, stream: Stream, hidden: torch.Tensor, cache_layer: CacheLayer) -> None:
         super().__init__()
         self._stream = stream
         self._hidden = hidden
         self._cache_layer = cache_layer
-        self._graphs = (graph(), graph())
+        self._graphs = (graphs.new(), graphs.new())
         self._open: Graph | None = None
         self._new: tuple[torch.Tensor, torch.Tensor] | None = None  # K and V of this token
         self._all: tuple[torch.Tensor, torch.Tensor] | None = None  # what stands for the cache's

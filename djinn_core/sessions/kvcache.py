@@ -28,7 +28,7 @@ POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings", "pos_encodin
 
 
 class SessionLayer(CacheLayerMixin):
-    """One layer's K and V. `window` is None for full attention."""
+    """One layer's K and V in `span` [T, 2, B, H, D]. `window` is None for full attention."""
 
     is_compileable = False
     is_croppable = False
@@ -37,7 +37,7 @@ class SessionLayer(CacheLayerMixin):
         super().__init__()
         self._index = index
         self._table = table
-        self._span = span  # [T, 2, B, H, D]
+        self.span = span
         self._new_keys = span[:, 0]  # [T, B, H, D]
         self._new_values = span[:, 1]
         self._all_keys = self._new_keys.permute(1, 2, 0, 3)  # [B, H, T, D]
@@ -76,7 +76,7 @@ class SessionLayer(CacheLayerMixin):
     def append(self, new: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """`update` with one token's K and V, [B, H_kv, D] each, of a layer whose `update` went well: in fewer calls."""
         start = self._begun()
-        torch.stack(new, out=self._span[start])
+        torch.stack(new, out=self.span[start])
         return self._attended(start, start + 1)
 
     def _begun(self) -> int:
@@ -117,7 +117,11 @@ class SessionLayer(CacheLayerMixin):
 
 
 class SessionCache(Cache):
-    """A session's KV as `past_key_values`. `begin` and `end` enclose a pass."""
+    """A session's KV as `past_key_values`. `begin` and `end` enclose a pass.
+
+    Attributes:
+        uniform: all layers keep and show the same: they differ in addresses only.
+    """
 
     def __init__(self, windows: list[int | None], layout: Layout, region: Region, table: BlockTable) -> None:
         shape = (layout.max_length, 2, layout.batch_size, layout.kv_heads, layout.head_dim)
@@ -126,6 +130,7 @@ class SessionCache(Cache):
             for index, window in enumerate(windows)
         ]
         super().__init__(layers=layers)
+        self.uniform = len(set(windows)) == 1
 
     def begin(self, start: int) -> None:
         """A pass begins behind `start` tokens."""

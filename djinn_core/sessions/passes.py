@@ -75,6 +75,13 @@ class Control:
         """Nobody else would use the turn; or the next resume needs the slot that this one holds, the last one."""
         return not self._pager.shared or (not self._pager.staging.idle and self.begins())
 
+    @property
+    def undisturbed(self) -> bool:
+        """All layers run, their KV is there, and nobody looks at what lies between them."""
+        acts = self._enter is not None or self._edits or self._behind is not None
+        entire = self.first_layer == 0 and self.stop_before is None
+        return entire and not acts and all(map(_arrived, self._jobs))
+
     def begins(self) -> bool:
         """The first layer of the pass is issued."""
         return all(_come(job, self.first_layer, self.first_layer + 1) for job in self._jobs)
@@ -116,3 +123,8 @@ class Control:
 def _come(job: BringIn, first: int, last: int) -> bool:
     """The pass has nothing to wait for: layers `first` to `last` - 1 are issued, or will not be but by itself."""
     return job.by_pass or job.done or job.cancelled or 0 not in job.issued[first:last]
+
+
+def _arrived(job: BringIn) -> bool:
+    """No layer has anything left to be mapped or copied."""
+    return 0 not in job.issued and all(event is None or event.query() for event in job.arrival)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from djinn_core.device import CopyCounts, Direction, open_device
+from djinn_core.device.base import Row
 from djinn_core.errors import ConfigError, DeviceError, OutOfDeviceMemory
 from djinn_core.memory import HostTier
 
@@ -272,8 +273,8 @@ def test_a_prepared_copy_is_counted_and_stays_within_its_target(device, place):
 @torch.no_grad()
 def test_a_graph_does_what_was_recorded_on_the_same_addresses(device):
     source = torch.ones(4, device=device.torch_device)
-    graph = device.graphs()
-    first, second = graph(), graph()
+    graphs = device.graphs()
+    first, second = graphs.new(), graphs.new()
     first.begin()
     doubled = (source * 2).view(2, 2)
     first.end()
@@ -292,7 +293,7 @@ def test_a_graph_does_what_was_recorded_on_the_same_addresses(device):
 @torch.no_grad()
 def test_after_a_recording_that_was_abandoned_work_is_done_again(device):
     source = torch.ones(4, device=device.torch_device)
-    make = device.graphs()
+    make = device.graphs().new
     graph = make()
     graph.begin()
     source * 2
@@ -305,6 +306,44 @@ def test_after_a_recording_that_was_abandoned_work_is_done_again(device):
     again.replay(device.current_stream())
     device.synchronize()
     assert out.tolist() == [3.0] * 4
+
+
+@torch.no_grad()
+def test_a_chain_does_its_rows_one_behind_the_other(device):
+    """Each row adds its own number, then its part of what changes, and hands twice the sum to the next."""
+    graphs, rows, made, out = device.graphs(), [], [], torch.ones(4, device=device.torch_device)
+    first = out
+    for number in range(3):
+        own = torch.full((4,), float(number), device=device.torch_device)
+        before, behind, into = graphs.new(), graphs.new(), torch.empty(4, device=device.torch_device)
+        before.begin()
+        read = out + own
+        before.end()
+        behind.begin()
+        out = into * 2
+        behind.end()
+        rows.append(Row(before, behind, (read,), into))
+        made.append(read)
+    chain = graphs.chain(rows)
+
+    def run(changing, key, stream):
+        return chain.replay(stream, key, lambda row: made[row] + changing[row][key], changing)
+
+    def expected(changing, key):
+        value = 1.0
+        for number, tensor in enumerate(changing):
+            value = (value + number + float(tensor[key])) * 2
+        return value
+
+    kinds = set()
+    for value, key, stream in ((1, 0, device.current_stream()), (7, 0, device.stream()), (3, 1, device.stream())):
+        changing = [torch.tensor([value, value * 10.0], device=device.torch_device) * (row + 1) for row in range(3)]
+        first.fill_(1)
+        device.synchronize()
+        kinds.add(run(changing, key, stream))
+        device.synchronize()
+        assert out.tolist() == [expected(changing, key)] * 4
+    assert len(kinds) == 1
 
 
 def test_an_unrecorded_event_is_complete(device):

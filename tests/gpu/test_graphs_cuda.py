@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from djinn_core.device.cudagraphs import CudaChain
 from djinn_core.models.boundary import NullProvider, install
 from djinn_core.models.graphs import PROOFS, LayerGraphs
 from djinn_core.models.stack import find_stack
@@ -35,8 +36,101 @@ def test_logits_equal_the_stock_models_over_many_lengths(rig, batch) -> None:
     first = oracle.forward(prompt(batch, tokens=200).cuda())
     assert torch.equal(session.forward(prompt(batch, tokens=200).cuda()), first)
     assert equal(speak(session, first, 150), oracle.greedy(first, 150))
-    assert served._djinn_boundary.graphs.recorded == LAYERS and not served._djinn_boundary.graphs.refused
+    graphs = served._djinn_boundary.graphs
+    assert graphs.recorded == LAYERS and graphs.whole == 1 and not graphs.refused
     session.close()
+
+
+def chain_of(served) -> CudaChain:
+    [call] = [call for call in served._djinn_boundary.graphs._calls.values() if call.whole is not None]
+    return call.whole._chain
+
+
+def test_whole_passes_of_sessions_at_other_lengths_and_addresses(rig) -> None:
+    """Each length is recorded once, in whichever session comes to it first, also where attention is split anew."""
+    stock, served, _, sessions = rig
+    lengths = (120, 121, 500, 1000)
+    oracles = [Oracle(stock) for _ in lengths]
+    opened = [sessions.open(served, max_length=length + 80) for length in lengths]
+    last = []
+    for oracle, session, length in zip(oracles, opened, lengths, strict=True):
+        last.append(oracle.forward(prompt(tokens=length, seed=length).cuda()))
+        session.forward(prompt(tokens=length, seed=length).cuda())
+    for _ in range(40):
+        wanted = [oracle.forward(likely(each)) for oracle, each in zip(oracles, last, strict=True)]
+        assert equal([session.forward(likely(each)) for session, each in zip(opened, last, strict=True)], wanted)
+        last = wanted
+    chain = chain_of(served)
+    assert served._djinn_boundary.graphs.whole == 1
+    seen = {length + 1 + token for length in lengths for token in range(40)}
+    assert seen - set(chain._steps) <= set(range(121, 130))  # those before all layers were proven
+    kinds = {step.kind for step in chain._steps.values()}
+    assert len(kinds) > 1, "attention is split alike at all of these lengths: the test says less than it wants to"
+    for session in opened:
+        session.close()
+
+
+def test_a_whole_pass_follows_a_session_that_left_and_a_fork(rig) -> None:
+    stock, served, _, sessions = rig
+    oracle, session = Oracle(stock), sessions.open(served, max_length=600)
+    logits = oracle.forward(prompt(tokens=300).cuda())
+    session.forward(prompt(tokens=300).cuda())
+    wanted = oracle.greedy(logits, 10)
+    logits = speak(session, logits, 5)[-1]
+    session.pause(release=True)
+    session.wait_until("released", 10)
+    with sessions.open(served, max_length=600) as other:
+        speak(other, other.forward(prompt(tokens=100, seed=5).cuda()), 5)
+    fork = session.fork()
+    session.resume()
+    fork.resume()
+    assert equal(speak(session, logits, 5), wanted[5:])
+    assert equal(speak(fork, logits, 5), wanted[5:])
+    assert served._djinn_boundary.graphs.whole == 1
+    fork.close()
+    session.close()
+
+
+def test_a_thread_that_waits_for_the_whole_device_costs_a_pass_its_launch(rig) -> None:
+    """While a length is recorded nobody can; the session goes on, layer by layer or whole, with the same logits."""
+    stock, served, device, sessions = rig
+    oracle, session = Oracle(stock), sessions.open(served, max_length=900)
+    first = oracle.forward(prompt(tokens=100).cuda())
+    session.forward(prompt(tokens=100).cuda())
+    wanted = oracle.greedy(first, 300)
+    said = speak(session, first, 8)
+    assert served._djinn_boundary.graphs.whole == 1
+    stop, failed = threading.Event(), []
+
+    def waits() -> None:
+        device.bind_thread()
+        while not stop.is_set():
+            try:
+                device.synchronize()
+            except BaseException as error:  # noqa: BLE001 - raised by the test
+                failed.append(error)
+
+    thread = threading.Thread(target=waits)
+    thread.start()
+    try:
+        said += speak(session, said[-1], 292)
+    finally:
+        stop.set()
+        thread.join()
+    assert not failed and equal(said, wanted)
+    session.close()
+
+
+def test_attention_without_kernels_of_its_own_goes_layer_by_layer(rig, caplog) -> None:
+    """What torch calls `math` is made of matrix products, whose parameters the driver does not tell."""
+    stock, served, _, sessions = rig
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        oracle, session = Oracle(stock), sessions.open(served, max_length=400)
+        first = oracle.forward(prompt(tokens=100).cuda())
+        session.forward(prompt(tokens=100).cuda())
+        assert equal(speak(session, first, 10), oracle.greedy(first, 10))
+        session.close()
+    print(served._djinn_boundary.graphs.whole, [record.getMessage() for record in caplog.records])
 
 
 @pytest.mark.parametrize("layer", range(1, LAYERS + 1))
@@ -105,10 +199,8 @@ def test_two_models_do_not_share_what_their_graphs_write(rig) -> None:
     stack = find_stack(second)
     boundary = install(second, stack, NullProvider(), Turn())
     boundary.graphs = LayerGraphs(device, stack.layers, range(LAYERS))
-    (_, pool, stream), (_, own_pool, own_stream) = (
-        each._graph.args for each in (served._djinn_boundary.graphs, boundary.graphs)
-    )
-    assert pool.id != own_pool.id and stream.cuda_stream != own_stream.cuda_stream
+    one, own_graphs = (each._graphs for each in (served._djinn_boundary.graphs, boundary.graphs))
+    assert one.pool.id != own_graphs.pool.id and one.stream.cuda_stream != own_graphs.stream.cuda_stream
     oracles = [Oracle(stock), Oracle(own)]
     opened = [sessions.open(model, max_length=400) for model in (served, second)]
     ids = prompt(tokens=100).cuda()
