@@ -78,26 +78,34 @@ class Row:
 
 
 class Chain(Protocol):
-    """Rows one behind the other, issued in one call."""
+    """Rows one behind the other, several of them issued in one call."""
 
     def replay(
-        self, stream: Stream, key: Hashable, step: Callable[[int], torch.Tensor], changing: Sequence[torch.Tensor]
+        self,
+        stream: Stream,
+        key: Hashable,
+        step: Callable[[int], torch.Tensor],
+        changing: Sequence[torch.Tensor],
+        part: range,
     ) -> Hashable:
-        """Do all rows, in the order of `stream`.
+        """Do the rows of `part`, in the order of `stream`.
 
         Args:
             key: steps of the same key do the same, but for which tensors they are given.
             step: issues the step of a row. What it does in one row it does in all, with the row's tensors; it may be
                 called for the first one only, or not at all for a key that has been there.
-            changing: for each row the tensor that is another one from replay to replay; laid out alike.
+            changing: for each row of the chain the tensor that is another one from replay to replay; laid out alike.
 
         Returns:
-            What the steps consist of; where it is the same, they differ in values and addresses at most.
+            What the steps consist of; where it is the same, they differ in values, extents and addresses at most.
 
         Raises:
-            DeviceError: steps like this cannot be changed from launch to launch, or one could not be recorded, as while
-                another thread waits for the whole device; nothing has been issued.
+            DeviceError: steps like this cannot be changed from launch to launch. That, or what `step` raised, if it
+                could not be recorded, as while another thread waits for the whole device; nothing has been issued.
         """
+
+    def record(self, key: Hashable, step: Callable[[int], torch.Tensor], changing: torch.Tensor) -> None:
+        """See to it that `replay` finds the key. `changing` is the first row's; nothing is done to it."""
 
 
 class Graphs(Protocol):

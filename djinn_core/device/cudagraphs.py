@@ -30,6 +30,7 @@ from djinn_core.device.drivercalls import checked, describe
 from djinn_core.errors import DeviceError
 
 STEPS_KEPT = 4096  # some kilobytes each
+SAMPLES_KEPT = 8  # a graph of all rows for each
 NODE = np.dtype(  # CUDA_KERNEL_NODE_PARAMS_v2
     [
         ("func", "u8"),
@@ -133,24 +134,19 @@ class _Step:
     distances: np.ndarray
 
     @cached_property
-    def names(self) -> Hashable:
-        """Which kernels; steps of the same ones go into the same chain."""
+    def kernels(self) -> Hashable:
+        """Which they are; steps of the same ones go into the same graph."""
         return self.nodes["func"].tobytes(), self.nodes["kern"].tobytes(), tuple(map(tuple, self.sizes))
-
-    @cached_property
-    def kind(self) -> Hashable:
-        """Its kernels, and in how many blocks and threads they run."""
-        return self.names, *(self.nodes[name].tobytes() for name in EXTENTS)
 
 
 class _Linked:
-    """A chain for steps of certain kernels.
+    """Rows in one graph, for steps of certain kernels.
 
     Args:
-        recorded: a step's graph, from which the kernels' attributes are taken.
+        sample: such a step's graph, from which the kernels' attributes are taken.
     """
 
-    def __init__(self, rows: Sequence[Row], step: _Step, recorded: driver.CUgraph) -> None:
+    def __init__(self, rows: Sequence[Row], step: _Step, sample: driver.CUgraph) -> None:
         library = ctypes.PyDLL("libcuda.so.1")  # it keeps the interpreter: each call takes a microsecond
         add, self._set = library.cuGraphAddKernelNode_v2, library.cuGraphExecKernelNodeSetParams_v2
         add.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
@@ -164,7 +160,7 @@ class _Linked:
         last: list[Any] = []
         for number, row in enumerate(rows):
             last = [self._child(last, row.before)]
-            for kernel, source in enumerate(_nodes_of(recorded)):
+            for kernel, source in enumerate(_nodes_of(sample)):
                 made, behind = ctypes.c_void_p(), ctypes.c_void_p(int(last[0]))
                 given = self._nodes[number, kernel : kernel + 1].ctypes.data
                 code = add(ctypes.addressof(made), int(self._graph), ctypes.addressof(behind), 1, given)
@@ -209,7 +205,7 @@ class _Linked:
 
 
 class CudaChain:
-    """`Chain` in one launch.
+    """`Chain` by parameters that are exchanged before each launch.
 
     Args:
         new: makes a graph to record a step in.
@@ -221,23 +217,32 @@ class CudaChain:
         own = [[0, *map(torch.Tensor.data_ptr, (*row.reads, row.into))] for row in rows]
         self._addresses = np.array(own, dtype=np.uint64)  # [rows, tensors]; the first is the one that changes
         self._steps: dict[Hashable, _Step] = {}
+        self._samples: dict[Hashable, CudaGraph] = {}  # one for steps of the same kernels
         self._linked: dict[Hashable, _Linked] = {}
         self._layouts: dict[tuple[int, int], list[int]] = {}
 
     def replay(
-        self, stream: Stream, key: Hashable, step: Callable[[int], torch.Tensor], changing: Sequence[torch.Tensor]
+        self,
+        stream: Stream,
+        key: Hashable,
+        step: Callable[[int], torch.Tensor],
+        changing: Sequence[torch.Tensor],
+        part: range,
     ) -> Hashable:
-        found = self._steps.get(key)
-        if found is None:
-            found = self._record(step, changing[0])
-            if len(self._steps) >= STEPS_KEPT:
-                del self._steps[next(iter(self._steps))]
-            self._steps[key] = found
-        self._addresses[:, 0] = list(map(torch.Tensor.data_ptr, changing))
-        self._linked[found.names].launch(found, self._addresses, stream)
-        return found.kind
+        self.record(key, step, changing[0])
+        found = self._steps[key]
+        rows = slice(part.start, part.stop)
+        linked = self._linked.get((found.kernels, part))
+        if linked is None:
+            linked = _Linked(self._rows[rows], found, self._samples[found.kernels].graph)
+            self._linked[found.kernels, part] = linked
+        self._addresses[rows, 0] = list(map(torch.Tensor.data_ptr, changing[rows]))
+        linked.launch(found, self._addresses[rows], stream)
+        return found.kernels
 
-    def _record(self, step: Callable[[int], torch.Tensor], changing: torch.Tensor) -> _Step:
+    def record(self, key: Hashable, step: Callable[[int], torch.Tensor], changing: torch.Tensor) -> None:
+        if key in self._steps:
+            return
         graph, row = self._new(), self._rows[0]
         graph.begin()
         try:
@@ -249,9 +254,13 @@ class CudaChain:
         if (made.shape, made.stride(), made.dtype) != (row.into.shape, row.into.stride(), row.into.dtype):
             raise DeviceError(f"a step made {made.shape} of {made.dtype}, which is not laid out as where it belongs")
         found = self._read(graph.graph, [changing, *row.reads, made])
-        if found.names not in self._linked:
-            self._linked[found.names] = _Linked(self._rows, found, graph.graph)
-        return found
+        if found.kernels not in self._samples:
+            if len(self._samples) == SAMPLES_KEPT:
+                raise DeviceError(f"steps take other kernels again and again, of {SAMPLES_KEPT} sets by now")
+            self._samples[found.kernels] = graph
+        if len(self._steps) == STEPS_KEPT:
+            del self._steps[next(iter(self._steps))]
+        self._steps[key] = found
 
     def _read(self, graph: driver.CUgraph, tensors: Sequence[torch.Tensor]) -> _Step:
         nodes, sizes, blobs = [], [], []
@@ -288,15 +297,19 @@ def relocated(words: np.ndarray, tensors: Sequence[torch.Tensor]) -> tuple[np.nd
 
     Within two of them (slices of one tensor) it counts as of the one that begins last.
     """
-    of = np.full(len(words), -1)
     begins = np.array(list(map(torch.Tensor.data_ptr, tensors)), dtype=np.uint64)
-    for number in np.argsort(begins, kind="stable"):
-        tensor, begin = tensors[number], begins[number]
-        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        within = (words >= begin) & (words - begin < np.uint64((last + 1) * tensor.element_size()))
-        of[within] = number
-    columns = np.nonzero(of >= 0)[0]
-    return columns, of[columns], words[columns] - begins[of[columns]]
+    sizes = np.array(list(map(_extent_bytes, tensors)), dtype=np.uint64)
+    later = np.argsort(begins, kind="stable")[::-1]
+    within = (words[:, None] >= begins[later]) & (words[:, None] - begins[later] < sizes[later])
+    columns = np.nonzero(within.any(axis=1))[0]
+    of = later[within[columns].argmax(axis=1)]
+    return columns, of, words[columns] - begins[of]
+
+
+def _extent_bytes(tensor: torch.Tensor) -> int:
+    """From its first element to behind its last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
 
 
 def _words(size_bytes: int) -> int:

@@ -68,13 +68,22 @@ class HostChain:
         self._rows = tuple(rows)
 
     def replay(
-        self, stream: Stream, key: Hashable, step: Callable[[int], torch.Tensor], changing: Sequence[torch.Tensor]
+        self,
+        stream: Stream,
+        key: Hashable,
+        step: Callable[[int], torch.Tensor],
+        changing: Sequence[torch.Tensor],
+        part: range,
     ) -> Hashable:
-        for number, row in enumerate(self._rows):
+        for number in part:
+            row = self._rows[number]
             row.before.replay(stream)
             row.into.copy_(step(number))
             row.behind.replay(stream)
         return None
+
+    def record(self, key: Hashable, step: Callable[[int], torch.Tensor], changing: torch.Tensor) -> None:
+        """Nothing is kept."""
 
 
 class HostGraphs:

@@ -56,7 +56,8 @@ class PassControl(Protocol):
     `stop_before`, if any, `stop` is given what that layer would receive, a user's hooks included, and ends the pass.
     `ready`, if it is not None, says whether the pass has any use for its turn yet; until then others go first, and
     where there are none, until it `begins`. `begin` is called when it has its turn, and has issued nothing yet.
-    `undisturbed`: at no layer anything is waited for, changed, kept or copied, so that all may be issued at the first.
+    `undisturbed`: between layers `first` and `last` - 1 nothing is waited for, changed, kept or copied, so that they
+    may be issued at once.
     """
 
     first_layer: int
@@ -65,8 +66,7 @@ class PassControl(Protocol):
     @property
     def ready(self) -> Callable[[], bool] | None: ...
 
-    @property
-    def undisturbed(self) -> bool: ...
+    def undisturbed(self, first: int, last: int) -> bool: ...
 
     def begins(self) -> bool: ...
 
@@ -223,8 +223,7 @@ class Boundary:
                 executed[index] += 1
                 if control is None or self.graphs is None:
                     return original(*args, **kwargs)
-                whole = index == 0 and control.undisturbed
-                out = self.graphs.run(index, original, args, kwargs, whole=whole)
+                out = self.graphs.run(index, original, args, kwargs, control.undisturbed)
                 stops = index + 1 == control.stop_before  # and a boundary outlives the layer's next pass
                 return copied(out) if stops else out
             finally:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import repeat
 from operator import attrgetter, contains, is_
@@ -35,9 +36,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import Cache
 
 from djinn_core.interrupts import Uninterrupted
+from djinn_core.models.chained import Chained
 from djinn_core.models.layercalls import copied, first_of, hidden_of, replace_hidden
 from djinn_core.models.recording import NotRecorded, Places, Recorded, Recording
-from djinn_core.models.wholepass import WholePass
 
 if TYPE_CHECKING:
     from djinn_core.device.base import Device, Graphs, Stream
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 KINDS = 8  # of calls that are recorded; a setting that changes with every call must not fill the memory
 TRIES = 3  # recordings of a layer: another thread that waits for the whole device makes one fail
 PROOFS = 2
+PART = 8  # layers in a launch: while the device computes them, Python prepares the next ones
+FAULTS = 20  # in a row, of such launches
 PRECISIONS = (  # of `torch.backends.cuda.matmul`; an older torch has not all of them
     "fp32_precision",
     "allow_fp16_accumulation",
@@ -66,23 +69,23 @@ class _Call:
         layers: for each layer its graphs; None where it has none for good.
         tries: how often each was recorded.
         cache: of the pass under way.
-        whole: all layers in one launch; None where they have not been put together, or not all have graphs.
-        faults: how often in a row that failed; at `TRIES` it is not tried again.
+        chained: several layers in one launch; None as long as not all of them have graphs.
+        faults: how often in a row that failed; at `FAULTS` it is not tried again.
     """
 
     inputs: list[torch.Tensor]
     layers: dict[int, Recorded | None] = field(default_factory=dict)
     tries: Counter[int] = field(default_factory=Counter)
     cache: Cache | None = None
-    whole: WholePass | None = None
+    chained: Chained | None = None
     faults: int = 0
 
 
 @dataclass(eq=False)
 class _Claims:
-    """What a pass in one launch gave for each layer: its output, K and V; those that are still to be compared."""
+    """What one launch gave for each layer: its output, K and V; those that are still to be compared."""
 
-    whole: WholePass
+    chained: Chained
     kind: Hashable
     given: dict[int, tuple[torch.Tensor, ...]]
 
@@ -146,13 +149,15 @@ class LayerGraphs:
         self._device = device
         self._graphs: Graphs | None = device.graphs()
         self._watched = {index: _Watched([layers[index]]) for index in recordable}
-        self._all = _Watched(layers) if len(self._watched) == len(layers) else None
+        starts = range(0, len(layers), PART) if len(self._watched) == len(layers) else ()
+        self._parts = {start: range(start, min(start + PART, len(layers))) for start in starts}
+        self._looks = {start: _Watched(layers[part.start : part.stop]) for start, part in self._parts.items()}
         self._calls: dict[tuple, _Call] = {}
         self._reasons: dict[str, int] = {}
         self._given: tuple | None = None  # the arguments of the layer before, in the same pass
         self._call: _Call | None = None
         self._looked: tuple[int, bool] = (-1, False)  # which layer was looked at last, and whether it is altered
-        self._whole: WholePass | None = None  # has issued all layers of the pass under way
+        self._ahead = range(0)  # layers that have been issued, in the pass under way
         self._claims: _Claims | None = None
         self._done = device.event()
         self._stream: Stream | None = None
@@ -163,12 +168,10 @@ class LayerGraphs:
         return sum(found is not None for call in self._calls.values() for found in call.layers.values())
 
     @property
-    def whole(self) -> int:
-        """How many kinds of call go out in one launch, where nothing happens between their layers."""
-        return sum(
-            call.whole is not None and max(call.whole.proofs.values(), default=0) >= PROOFS
-            for call in self._calls.values()
-        )
+    def chained(self) -> int:
+        """In how many kinds of call several layers go out in one launch, where nothing happens between them."""
+        proofs = [each.chained.proofs.values() for each in self._calls.values() if each.chained is not None]
+        return sum(max(counts, default=0) >= PROOFS for counts in proofs)
 
     @property
     def refused(self) -> dict[str, int]:
@@ -186,7 +189,7 @@ class LayerGraphs:
         """The pass has ended; what it was given is let go of."""
         self._forget_given()
         self._looked = (-1, False)
-        self._whole = self._claims = None
+        self._ahead, self._claims = range(0), None
         if self._stream is not None:
             self._done.record(self._stream)
 
@@ -195,22 +198,31 @@ class LayerGraphs:
         self._forget_given()
         self._watched.clear()
         self._calls.clear()
-        self._graphs = self._all = None  # and with them the memory that they shared
+        self._graphs = None  # and with it the memory that they shared
 
-    def run(self, index: int, original: Callable[..., Any], args: tuple, kwargs: dict, *, whole: bool = False) -> Any:
+    def run(
+        self,
+        index: int,
+        original: Callable[..., Any],
+        args: tuple,
+        kwargs: dict,
+        undisturbed: Callable[[int, int], bool] = lambda first, last: False,
+    ) -> Any:
         """`original(*args, **kwargs)` of layer `index`, from its graphs if it can be.
 
         What it returns is overwritten by its next pass only where the next layer takes it, unseen by anyone else.
 
         Args:
-            whole: nothing happens between the layers from here on, so that they may be issued at once.
+            undisturbed: whether nothing happens between layers `first` and `last` - 1, so that they may be issued at
+                once.
         """
         hidden = hidden_of(args, kwargs)
         given = (*args[1:], *kwargs.values()) if args else _others(kwargs)
-        if self._whole is not None:
-            if hidden is self._whole.layers[index - 1].out and self._is_given(given):
-                return self._passed_on(index, self._whole.layers[index])
-            self._whole = None  # the decoder does something else this time: this layer and the next ones once more
+        if index in self._ahead and index > self._ahead.start:
+            layers = self._call.chained.layers
+            if hidden is layers[index - 1].out and self._is_given(given):
+                return self._handed_on(index, layers[index])
+            self._ahead = range(0)  # the decoder does something else this time: this layer and the next ones once more
         if index not in self._watched or hidden.shape[1] != 1 or self._altered(index):
             return original(*args, **kwargs)
         if not self._is_given(given):
@@ -229,43 +241,51 @@ class LayerGraphs:
             return self._first_time(index, original, args, kwargs)
         if found.proofs < PROOFS:
             return self._prove(index, found, original, args, kwargs)
-        if whole and self._all is not None and call.faults < TRIES and self._issue_whole(hidden):
-            return self._passed_on(index, found)
-        found.issue(hidden, call.cache.layers[index], self._stream)
-        if self._claims is not None:
-            self._compare(index, found)
-        return found.returned if self._comes_next(index + 1) else copied(found.returned)
+        part = self._parts.get(index)
+        if part is not None and call.faults < FAULTS and undisturbed(part.start, part.stop):
+            self._issue_part(part, hidden)
+        if index not in self._ahead:
+            found.issue(hidden, call.cache.layers[index], self._stream)
+            if self._claims is not None:
+                self._compare(index, found)
+        return self._handed_on(index, found)
 
     def _is_given(self, given: tuple) -> bool:
         """As the layer before in the same pass."""
         mine = self._given
         return mine is not None and len(given) == len(mine) and all(map(is_, given, mine))
 
-    def _passed_on(self, index: int, found: Recorded) -> Any:
-        """What layer `index` returns, in a pass that has been issued."""
-        return found.returned if index + 1 < len(self._whole.layers) else copied(found.returned)
+    def _handed_on(self, index: int, found: Recorded) -> Any:
+        """What layer `index` returns, which has been issued."""
+        if index + 1 in self._ahead or self._comes_next(index + 1):
+            return found.returned
+        if index in self._ahead and index + 1 == len(self._watched):
+            with suppress(Exception):  # it is recorded when it is needed, then, and what is wrong is told of
+                self._call.chained.record_next(self._call.cache)
+        return copied(found.returned)
 
-    def _issue_whole(self, hidden: torch.Tensor) -> bool:
-        """Issue all layers at once, if they can be and have been proven to be right. False: one by one, as ever."""
-        call = self._call
+    def _issue_part(self, part: range, hidden: torch.Tensor) -> None:
+        """Issue its layers at once, if they can be and have been proven to be right; else they go one by one."""
+        call, look = self._call, self._looks[part.start]
         try:
-            whole = call.whole or self._put_together(call)
-            if whole is None or not call.cache.uniform or self._all.altered or self._all.moved(whole.places):
-                return False
-            kind = whole.issue(hidden, call.cache, self._stream)
+            chained = call.chained or self._put_together(call)
+            if chained is None or not call.cache.uniform or look.altered:
+                return
+            if any(self._watched[index].moved(chained.layers[index].places) for index in part):
+                return
+            kind = chained.issue(part, hidden, call.cache, self._stream)
         except Exception as error:  # noqa: BLE001 - the layers run one by one
-            call.faults = TRIES if isinstance(error, NotRecorded) else call.faults + 1
-            self._tell_of_whole(call, f"{type(error).__name__}: {error}")
-            return False
+            call.faults = FAULTS if isinstance(error, NotRecorded) else call.faults + 1
+            self._tell_of_chains(call, f"{type(error).__name__}: {error}")
+            return
         call.faults = 0
-        if whole.proofs[kind] >= PROOFS:
-            self._whole = whole
-            return True
-        outs = {index: (layer.out, *call.cache.layers[index].written(1)) for index, layer in enumerate(whole.layers)}
-        self._claims = _Claims(whole, kind, {index: tuple(map(torch.clone, out)) for index, out in outs.items()})
-        return False
+        if chained.proofs[kind] >= PROOFS:
+            self._ahead = part
+            return
+        outs = {index: (chained.layers[index].out, *call.cache.layers[index].written(1)) for index in part}
+        self._claims = _Claims(chained, kind, {index: tuple(map(torch.clone, out)) for index, out in outs.items()})
 
-    def _put_together(self, call: _Call) -> WholePass | None:
+    def _put_together(self, call: _Call) -> Chained | None:
         """None as long as a layer has no graphs that were proven, or does not read what the one before writes."""
         layers = [call.layers.get(index) for index in range(len(self._watched))]
         if any(layer is None or layer.proofs < PROOFS for layer in layers):
@@ -274,8 +294,8 @@ class LayerGraphs:
         for index in apart:
             del call.layers[index]  # it is recorded again, behind the one that is there now
         if not apart:
-            call.whole = WholePass(self._graphs, layers, self._all.places)
-        return call.whole
+            call.chained = Chained(self._graphs, layers)
+        return call.chained
 
     def _compare(self, index: int, found: Recorded) -> None:
         """What was issued at once with what was issued one by one; proven when all layers gave the same."""
@@ -283,11 +303,11 @@ class LayerGraphs:
         given = claims.given.pop(index, ())
         mine = (found.out, *call.cache.layers[index].written(1))
         if len(given) != len(mine) or not all(map(_same, given, mine)):
-            self._claims, call.whole, call.faults = None, None, TRIES
-            self._tell_of_whole(call, "it gives other values than the layers one by one")
+            self._claims, call.faults = None, FAULTS
+            self._tell_of_chains(call, "together they give other values than one by one")
         elif not claims.given:
             self._claims = None
-            claims.whole.proofs[claims.kind] += 1
+            claims.chained.proofs[claims.kind] += 1
 
     def _altered(self, index: int) -> bool:
         if self._looked[0] != index:
@@ -302,7 +322,7 @@ class LayerGraphs:
     def _forget_recordings(self, index: int) -> None:
         """Layer `index` has other parameters, or has them elsewhere; all its recordings hold the old ones."""
         for call in self._calls.values():
-            call.whole = None
+            call.chained = None
             if call.layers.get(index) is not None:
                 del call.layers[index]
 
@@ -384,10 +404,10 @@ class LayerGraphs:
             self._tell(index, why)
         return out
 
-    def _tell_of_whole(self, call: _Call, why: str) -> None:
-        if call.faults == TRIES:
-            call.whole = None
-            _log.warning("passes go out layer by layer, each from its graphs: %s", why)
+    def _tell_of_chains(self, call: _Call, why: str) -> None:
+        if call.faults == FAULTS:
+            call.chained = None
+            _log.warning("layers go out one by one, each from its graphs: %s", why)
 
     def _tell(self, index: int, why: str) -> None:
         if why not in self._reasons:

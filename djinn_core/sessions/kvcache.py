@@ -73,9 +73,13 @@ class SessionLayer(CacheLayerMixin):
         self._new_values[start:end].copy_(value_states.permute(2, 0, 1, 3))
         return self._attended(start, end)
 
-    def append(self, new: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """`update` with one token's K and V, [B, H_kv, D] each, of a layer whose `update` went well: in fewer calls."""
-        start = self._begun()
+    def append(self, new: Sequence[torch.Tensor], ahead: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """`update` with one token's K and V, [B, H_kv, D] each, of a layer whose `update` went well: in fewer calls.
+
+        Args:
+            ahead: as the pass after so many further ones would do it; for recordings, which do nothing.
+        """
+        start = self._begun() + ahead
         torch.stack(new, out=self.span[start])
         return self._attended(start, start + 1)
 

@@ -75,12 +75,10 @@ class Control:
         """Nobody else would use the turn; or the next resume needs the slot that this one holds, the last one."""
         return not self._pager.shared or (not self._pager.staging.idle and self.begins())
 
-    @property
-    def undisturbed(self) -> bool:
-        """All layers run, their KV is there, and nobody looks at what lies between them."""
-        acts = self._enter is not None or self._edits or self._behind is not None
-        entire = self.first_layer == 0 and self.stop_before is None
-        return entire and not acts and all(map(_arrived, self._jobs))
+    def undisturbed(self, first: int, last: int) -> bool:
+        """Layers `first` to `last` - 1 have their KV, and nobody looks at what lies between them."""
+        looks = [done for done in (*self._edits, self.stop_before) if done is not None and first < done < last]
+        return not looks and self._behind is None and all(_arrived(job, first, last) for job in self._jobs)
 
     def begins(self) -> bool:
         """The first layer of the pass is issued."""
@@ -125,6 +123,8 @@ def _come(job: BringIn, first: int, last: int) -> bool:
     return job.by_pass or job.done or job.cancelled or 0 not in job.issued[first:last]
 
 
-def _arrived(job: BringIn) -> bool:
-    """No layer has anything left to be mapped or copied."""
-    return 0 not in job.issued and all(event is None or event.query() for event in job.arrival)
+def _arrived(job: BringIn, first: int, last: int) -> bool:
+    """Layers `first` to `last` - 1 have nothing left to be mapped or copied."""
+    if 0 in job.issued[first:last]:
+        return False
+    return all(event is None or event.query() for event in job.arrival[first:last])

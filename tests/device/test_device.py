@@ -312,7 +312,7 @@ def test_after_a_recording_that_was_abandoned_work_is_done_again(device):
 def test_a_chain_does_its_rows_one_behind_the_other(device):
     """Each row adds its own number, then its part of what changes, and hands twice the sum to the next."""
     graphs, rows, made, out = device.graphs(), [], [], torch.ones(4, device=device.torch_device)
-    first = out
+    first, kept = out, []  # graphs hold addresses only
     for number in range(3):
         own = torch.full((4,), float(number), device=device.torch_device)
         before, behind, into = graphs.new(), graphs.new(), torch.empty(4, device=device.torch_device)
@@ -324,10 +324,16 @@ def test_a_chain_does_its_rows_one_behind_the_other(device):
         behind.end()
         rows.append(Row(before, behind, (read,), into))
         made.append(read)
+        kept.append((own, out))
     chain = graphs.chain(rows)
 
     def run(changing, key, stream):
-        return chain.replay(stream, key, lambda row: made[row] + changing[row][key], changing)
+        def step(row):
+            return made[row] + changing[row][key]
+
+        kinds = {chain.replay(stream, key, step, changing, part) for part in (range(2), range(2, 3))}
+        chain.record(1, lambda row: made[row] + changing[row][1], changing[0])
+        return kinds
 
     def expected(changing, key):
         value = 1.0
@@ -340,7 +346,7 @@ def test_a_chain_does_its_rows_one_behind_the_other(device):
         changing = [torch.tensor([value, value * 10.0], device=device.torch_device) * (row + 1) for row in range(3)]
         first.fill_(1)
         device.synchronize()
-        kinds.add(run(changing, key, stream))
+        kinds |= run(changing, key, stream)
         device.synchronize()
         assert out.tolist() == [expected(changing, key)] * 4
     assert len(kinds) == 1

@@ -37,16 +37,16 @@ def test_logits_equal_the_stock_models_over_many_lengths(rig, batch) -> None:
     assert torch.equal(session.forward(prompt(batch, tokens=200).cuda()), first)
     assert equal(speak(session, first, 150), oracle.greedy(first, 150))
     graphs = served._djinn_boundary.graphs
-    assert graphs.recorded == LAYERS and graphs.whole == 1 and not graphs.refused
+    assert graphs.recorded == LAYERS and graphs.chained == 1 and not graphs.refused
     session.close()
 
 
 def chain_of(served) -> CudaChain:
-    [call] = [call for call in served._djinn_boundary.graphs._calls.values() if call.whole is not None]
-    return call.whole._chain
+    [call] = [call for call in served._djinn_boundary.graphs._calls.values() if call.chained is not None]
+    return call.chained._chain
 
 
-def test_whole_passes_of_sessions_at_other_lengths_and_addresses(rig) -> None:
+def test_launches_for_sessions_at_other_lengths_and_addresses(rig) -> None:
     """Each length is recorded once, in whichever session comes to it first, also where attention is split anew."""
     stock, served, _, sessions = rig
     lengths = (120, 121, 500, 1000)
@@ -61,16 +61,16 @@ def test_whole_passes_of_sessions_at_other_lengths_and_addresses(rig) -> None:
         assert equal([session.forward(likely(each)) for session, each in zip(opened, last, strict=True)], wanted)
         last = wanted
     chain = chain_of(served)
-    assert served._djinn_boundary.graphs.whole == 1
+    assert served._djinn_boundary.graphs.chained == 1
     seen = {length + 1 + token for length in lengths for token in range(40)}
     assert seen - set(chain._steps) <= set(range(121, 130))  # those before all layers were proven
-    kinds = {step.kind for step in chain._steps.values()}
-    assert len(kinds) > 1, "attention is split alike at all of these lengths: the test says less than it wants to"
+    grids = {step.nodes["grid"].tobytes() for step in chain._steps.values()}
+    assert len(grids) > 1, "attention is split alike at all of these lengths: the test says less than it wants to"
     for session in opened:
         session.close()
 
 
-def test_a_whole_pass_follows_a_session_that_left_and_a_fork(rig) -> None:
+def test_a_launch_follows_a_session_that_left_and_a_fork(rig) -> None:
     stock, served, _, sessions = rig
     oracle, session = Oracle(stock), sessions.open(served, max_length=600)
     logits = oracle.forward(prompt(tokens=300).cuda())
@@ -86,20 +86,20 @@ def test_a_whole_pass_follows_a_session_that_left_and_a_fork(rig) -> None:
     fork.resume()
     assert equal(speak(session, logits, 5), wanted[5:])
     assert equal(speak(fork, logits, 5), wanted[5:])
-    assert served._djinn_boundary.graphs.whole == 1
+    assert served._djinn_boundary.graphs.chained == 1
     fork.close()
     session.close()
 
 
 def test_a_thread_that_waits_for_the_whole_device_costs_a_pass_its_launch(rig) -> None:
-    """While a length is recorded nobody can; the session goes on, layer by layer or whole, with the same logits."""
+    """While a length is recorded nobody can; the session goes on, one way or the other, with the same logits."""
     stock, served, device, sessions = rig
     oracle, session = Oracle(stock), sessions.open(served, max_length=900)
     first = oracle.forward(prompt(tokens=100).cuda())
     session.forward(prompt(tokens=100).cuda())
     wanted = oracle.greedy(first, 300)
     said = speak(session, first, 8)
-    assert served._djinn_boundary.graphs.whole == 1
+    assert served._djinn_boundary.graphs.chained == 1
     stop, failed = threading.Event(), []
 
     def waits() -> None:
@@ -130,7 +130,7 @@ def test_attention_without_kernels_of_its_own_goes_layer_by_layer(rig, caplog) -
         session.forward(prompt(tokens=100).cuda())
         assert equal(speak(session, first, 10), oracle.greedy(first, 10))
         session.close()
-    print(served._djinn_boundary.graphs.whole, [record.getMessage() for record in caplog.records])
+    print(served._djinn_boundary.graphs.chained, [record.getMessage() for record in caplog.records])
 
 
 @pytest.mark.parametrize("layer", range(1, LAYERS + 1))

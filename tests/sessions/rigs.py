@@ -144,12 +144,12 @@ MakeRig = Callable[..., Rig]
 
 
 def begun(rig: Rig) -> tuple[Oracle, Session, torch.Tensor]:
-    """A session whose passes go out whole, from graphs, and its oracle, at the same place."""
+    """A session whose passes come from graphs, several layers in a launch, and its oracle, at the same place."""
     oracle, session = Oracle(rig.served), rig.open()
     logits = session.forward(prompt())
     logits = speak(session, logits, 2 * PROOFS)[-1]
     oracle.greedy(oracle.forward(prompt()), 2 * PROOFS)
-    assert rig.graphs.recorded == LAYERS and rig.graphs.whole == 1
+    assert rig.graphs.recorded == LAYERS and rig.graphs.chained == 1
     return oracle, session, logits
 
 

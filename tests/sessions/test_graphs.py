@@ -41,9 +41,9 @@ def test_logits_equal_the_stock_models(make_rig, replays, family, dtype, batch) 
     assert rig.graphs.recorded == LAYERS and not rig.graphs.refused
     replays.clear()
     assert equal(speak(session, wanted[PROOFS - 1], TOKENS - PROOFS), wanted[PROOFS:])
-    whole = TOKENS - 2 * PROOFS
-    assert rig.graphs.whole == 1 and whole > 0
-    assert len(replays) == 2 * LAYERS * (whole + 2 * PROOFS)  # until it is proven, all at once and one by one
+    chained = TOKENS - 2 * PROOFS
+    assert rig.graphs.chained == 1 and chained > 0
+    assert len(replays) == 2 * LAYERS * (chained + 2 * PROOFS)  # until that is proven, at once and one by one
     assert rig.executed == (1 + TOKENS,) * LAYERS  # each counted once, recorded or not
 
 

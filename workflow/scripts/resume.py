@@ -118,11 +118,11 @@ def make_bench(exp: harness.Experiment, runtime: djinn.Runtime, max_length: int)
 
 
 def note_graphs(exp: harness.Experiment, bench: Bench) -> None:
-    """Which layers' one-token passes came from graphs, whether passes went out whole, and why others did not."""
+    """Which layers' one-token passes came from graphs, whether several in one launch, and why others did not."""
     graphs = bench.served.djinn.graphs
     if graphs is not None:
         exp.config["graphs_recorded"] = graphs.recorded
-        exp.config["graphs_whole"] = graphs.whole > 0
+        exp.config["graphs_chained"] = graphs.chained > 0
         exp.config["graphs_refused"] = sorted(graphs.refused)
 
 

@@ -1,14 +1,14 @@
-"""All layers of a one-token pass in one launch: their graphs in a chain, with what lies between recorded by length.
+"""Several layers of a one-token pass in one launch: their graphs in a chain, and between them what was recorded once.
 
 What a layer does between its two graphs, K and V into the session's cache and attention over them, differs from layer
 to layer in addresses only, and from pass to pass in those of the session and in the length. So it is recorded once for
-each length, in the first layer (`Chain`).
+each length, in the first layer (`Chain`), and for the next length while the device is busy with this one.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention as attention
 from transformers import Cache
 
 from djinn_core.device.base import Row
-from djinn_core.models.recording import NotRecorded, Places, Recorded
+from djinn_core.models.recording import NotRecorded, Recorded
 
 if TYPE_CHECKING:
     from djinn_core.device.base import Graphs, Stream
@@ -24,46 +24,55 @@ if TYPE_CHECKING:
 ALIGNMENT = 16  # bytes, of torch's widest loads
 
 
-class WholePass:
+class Chained:
     """The layers of one kind of call.
 
     Args:
         layers: all of the model, each reading what the one before has written.
-        places: of all layers' parameters.
 
     Attributes:
-        proofs: how often each kind of step was compared with the layers issued one by one.
+        proofs: how often the layers of a part, in steps of a kind, were compared with the layers issued one by one.
 
     Raises:
         NotRecorded: what a layer does between its graphs is not what the first one does.
     """
 
-    def __init__(self, graphs: Graphs, layers: Sequence[Recorded], places: Places) -> None:
-        if len({_between(layer) for layer in layers}) != 1:
+    def __init__(self, graphs: Graphs, layers: Sequence[Recorded]) -> None:
+        if len(set(map(_between, layers))) != 1:
             raise NotRecorded("its layers call attention in different ways")
         rows = [Row(each.before, each.behind, (*each.new, each.query), each.attended) for each in layers]
         self.layers = tuple(layers)
-        self.places = places
         self.proofs: Counter[Hashable] = Counter()
         self._chain = graphs.chain(rows)
 
-    def issue(self, hidden: torch.Tensor, cache: Cache, stream: Stream) -> Hashable:
-        """All layers on `hidden` [B, 1, hidden]. Returns the kind of step, as `proofs` counts it.
+    def issue(self, part: range, hidden: torch.Tensor, cache: Cache, stream: Stream) -> Hashable:
+        """The layers of `part` on `hidden` [B, 1, hidden]. Returns what `proofs` counts.
 
         Raises:
-            DeviceError: nothing has been issued.
+            DeviceError: or what torch raised while the length was recorded; nothing has been issued.
         """
-        first = self.layers[0]
+        first = self.layers[part.start]
         if hidden is not first.hidden:
             first.hidden.copy_(hidden)
+        spans = [layer.span for layer in cache.layers]
+        return part.start, self._chain.replay(stream, *self._step(cache, 0), spans, part)
+
+    def record_next(self, cache: Cache) -> None:
+        """Record the length that the session's next token will have, unless that has been done, or it has no room."""
+        key, step = self._step(cache, 1)
+        if key <= cache.layers[0].get_max_length():
+            self._chain.record(key, step, cache.layers[0].span)
+
+    def _step(self, cache: Cache, ahead: int) -> tuple[int, Callable[[int], torch.Tensor]]:
+        """What lies between the graphs of a layer, `ahead` tokens behind this pass; and the length that it is for."""
 
         def step(number: int) -> torch.Tensor:
             layer = self.layers[number]
-            keys, values = cache.layers[number].append(layer.new)
+            keys, values = cache.layers[number].append(layer.new, ahead)
             return attention(layer.query, keys, values, **layer.settings)
 
         length, _ = cache.layers[0].get_mask_sizes(1)
-        return self._chain.replay(stream, length, step, [layer.span for layer in cache.layers])
+        return length + ahead, step
 
 
 def _between(layer: Recorded) -> Hashable:
