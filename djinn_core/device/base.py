@@ -62,8 +62,7 @@ class Graph(Protocol):
         """Do what was recorded, in the order of `stream`."""
 
 
-@dataclass(frozen=True, eq=False)
-class Row:
+class Row(Protocol):
     """A part of a chain: two graphs, and a step between them that is not the same in every replay.
 
     Attributes:
@@ -71,10 +70,17 @@ class Row:
         into: where what the step makes belongs.
     """
 
-    before: Graph
-    behind: Graph
-    reads: tuple[torch.Tensor, ...]
-    into: torch.Tensor
+    @property
+    def before(self) -> Graph: ...
+
+    @property
+    def behind(self) -> Graph: ...
+
+    @property
+    def reads(self) -> tuple[torch.Tensor, ...]: ...
+
+    @property
+    def into(self) -> torch.Tensor: ...
 
 
 class Chain(Protocol):

@@ -6,7 +6,9 @@ of the first row's, wherever they stand in there, with their distance kept; ever
 what is made in between too, since rows run one after the other. Before each launch the kernel nodes of all steps are
 given what belongs to this one (`cuGraphExecKernelNodeSetParams`; launches under way keep what they had).
 
-Invariant: nothing is launched before every node of every row has been given this step's parameters.
+Invariant: nothing is launched before every node of every row has been given this step's parameters. What a step makes
+in between lies in memory that the pool may hand out again, to graphs that are recorded later: so a chain is made when
+its rows have been recorded, a row that is recorded anew needs a new chain, and nothing else runs within one.
 
 Not taken: `cuGraphExecUpdate` with a new capture of all rows, which takes the Python that a chain is there to save.
 Kernels of our own that read the length from memory: other kernels, so other bits.

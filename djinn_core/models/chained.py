@@ -15,7 +15,6 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as attention
 from transformers import Cache
 
-from djinn_core.device.base import Row
 from djinn_core.models.recording import NotRecorded, Recorded
 
 if TYPE_CHECKING:
@@ -40,10 +39,9 @@ class Chained:
     def __init__(self, graphs: Graphs, layers: Sequence[Recorded]) -> None:
         if len(set(map(_between, layers))) != 1:
             raise NotRecorded("its layers call attention in different ways")
-        rows = [Row(each.before, each.behind, (*each.new, each.query), each.attended) for each in layers]
         self.layers = tuple(layers)
         self.proofs: Counter[Hashable] = Counter()
-        self._chain = graphs.chain(rows)
+        self._chain = graphs.chain(self.layers)
 
     def issue(self, part: range, hidden: torch.Tensor, cache: Cache, stream: Stream) -> Hashable:
         """The layers of `part` on `hidden` [B, 1, hidden]. Returns what `proofs` counts.
@@ -77,6 +75,6 @@ class Chained:
 
 def _between(layer: Recorded) -> Hashable:
     """What layers have in common whose steps differ in addresses only; by alignment, too, torch chooses kernels."""
-    tensors = (layer.query, *layer.new, layer.attended)
+    tensors = (*layer.reads, layer.into)
     laid_out = tuple((each.shape, each.stride(), each.dtype, each.data_ptr() % ALIGNMENT) for each in tensors)
     return laid_out, tuple(sorted(layer.settings.items()))

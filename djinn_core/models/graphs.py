@@ -1,19 +1,20 @@
-"""One-token passes from graphs: most of a layer's kernels, recorded once, go out in two calls.
+"""One-token passes from graphs: most of a layer's kernels, recorded once, go out in two calls, or of several in one.
 
 What limits such a pass is Python, which takes several times as long to issue a layer as a large GPU to compute it. Two
 graphs hold what a layer does before its attention and behind it. Between them lies what changes with every token: K and
-V go into the session's cache, and attention reads it at its new length. So a layer still begins and ends in Python,
-where it may be gated, stopped, edited or skipped, and its kernels are those of the layer's own code.
+V go into the session's cache, and attention reads it at its new length. So a layer can begin and end in Python, where
+it may be gated, stopped, edited or skipped, and its kernels are those of the layer's own code. Where nothing of that is
+to happen in a part of the layers, they go out at once (`chained.py`).
 
 Invariant: a layer is issued from its graphs only after they gave what its own code gives, bit for bit and K and V too,
-in two passes; and only while it has the same modules, classes, and parameters at the same addresses, is called with the
-same shapes and settings, and has no hooks. Otherwise its own code runs. What is not seen is a Python value inside a
-module or the config that is changed later (`attention.scaling = 2`), a module that is put in another order or a buffer
-that is added, and what the layer's code decides anew by the length, beyond those of the proofs. Graphs go to the stream
-that is current as their pass begins, and no layer may leave another one current.
+in two passes, and with others only after that gave the same; and only while it has the same modules, classes, and
+parameters at the same addresses, is called with the same shapes and settings, and has no hooks. Otherwise its own code
+runs. What is not seen is a Python value inside a module or the config that is changed later (`attention.scaling = 2`),
+a module that is put in another order or a buffer that is added, and what the layer's code decides anew by the length,
+beyond those of the proofs. Graphs go to the stream that is current as their pass begins, and no layer may leave another
+one current.
 
-Not taken: one graph per pass, since attention's shapes change with every token, and nothing could happen between two
-layers. `torch.compile`: other kernels, so other logits.
+Not taken: `torch.compile`: other kernels, so other logits.
 """
 
 from __future__ import annotations
@@ -260,7 +261,7 @@ class LayerGraphs:
         if index + 1 in self._ahead or self._comes_next(index + 1):
             return found.returned
         if index in self._ahead and index + 1 == len(self._watched):
-            with suppress(Exception):  # it is recorded when it is needed, then, and what is wrong is told of
+            with Uninterrupted(), suppress(Exception):  # what is wrong is told of when it is recorded in time
                 self._call.chained.record_next(self._call.cache)
         return copied(found.returned)
 
@@ -273,7 +274,8 @@ class LayerGraphs:
                 return
             if any(self._watched[index].moved(chained.layers[index].places) for index in part):
                 return
-            kind = chained.issue(part, hidden, call.cache, self._stream)
+            with Uninterrupted():
+                kind = chained.issue(part, hidden, call.cache, self._stream)
         except Exception as error:  # noqa: BLE001 - the layers run one by one
             call.faults = FAULTS if isinstance(error, NotRecorded) else call.faults + 1
             self._tell_of_chains(call, f"{type(error).__name__}: {error}")

@@ -63,10 +63,11 @@ class Places:
 
 @dataclass(eq=False)
 class Recorded:
-    """One layer's graphs, and the tensors that they read and write: [B, 1, hidden], [B, heads, 1, head_dim].
+    """One layer's graphs, and the tensors that they read and write: [B, 1, hidden], [B, heads, 1, head_dim]. A `Row`.
 
     Attributes:
         settings: what attention is called with, besides tensors.
+        into: what it gives.
         extras: what the layer returns behind the hidden states, all None; None itself where it returns no tuple.
         places: of the layer's parameters when it was recorded.
         proofs: how often the graphs were compared with the layer's own code.
@@ -78,7 +79,7 @@ class Recorded:
     keys: torch.Tensor
     values: torch.Tensor
     settings: dict[str, Any]
-    attended: torch.Tensor
+    into: torch.Tensor
     behind: Graph
     out: torch.Tensor
     extras: tuple[None, ...] | None
@@ -95,9 +96,14 @@ class Recorded:
             self.hidden.copy_(hidden)
         self.before.replay(stream)
         keys, values = cache_layer.append(self.new)
-        self.attended.copy_(attention(self.query, keys, values, **self.settings))
+        self.into.copy_(attention(self.query, keys, values, **self.settings))
         self.behind.replay(stream)
         return self.returned
+
+    @property
+    def reads(self) -> tuple[torch.Tensor, ...]:
+        """What attention and the cache are given."""
+        return *self.new, self.query
 
     @property
     def returned(self) -> Any:

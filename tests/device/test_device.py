@@ -1,10 +1,11 @@
 """The device contract, on every device of this machine."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from djinn_core.device import CopyCounts, Direction, open_device
-from djinn_core.device.base import Row
 from djinn_core.errors import ConfigError, DeviceError, OutOfDeviceMemory
 from djinn_core.memory import HostTier
 
@@ -322,7 +323,7 @@ def test_a_chain_does_its_rows_one_behind_the_other(device):
         behind.begin()
         out = into * 2
         behind.end()
-        rows.append(Row(before, behind, (read,), into))
+        rows.append(SimpleNamespace(before=before, behind=behind, reads=(read,), into=into))
         made.append(read)
         kept.append((own, out))
     chain = graphs.chain(rows)
