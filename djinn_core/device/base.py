@@ -86,6 +86,23 @@ class Row(Protocol):
 class Chain(Protocol):
     """Rows one behind the other, several of them issued in one call."""
 
+    def record(self, key: Hashable, step: Callable[[int], torch.Tensor], changing: torch.Tensor) -> Hashable:
+        """Prepare for steps of `key`, unless that has been done.
+
+        Args:
+            key: steps of the same key do the same, but for which tensors they are given.
+            step: issues the step of a row. What it does in one row it does in all, with the row's tensors. It is called
+                for the first one, and nothing of that is done; or not at all.
+            changing: the first row's tensor that is another one from replay to replay; laid out alike in all.
+
+        Returns:
+            What the step consists of; where it is the same, steps differ in values, extents and addresses at most.
+
+        Raises:
+            DeviceError: steps like this cannot be changed from launch to launch. That, or what `step` raised, if it
+                could not be recorded, as while another thread waits for the whole device.
+        """
+
     def replay(
         self,
         stream: Stream,
@@ -93,25 +110,12 @@ class Chain(Protocol):
         step: Callable[[int], torch.Tensor],
         changing: Sequence[torch.Tensor],
         part: range,
-    ) -> Hashable:
-        """Do the rows of `part`, in the order of `stream`.
-
-        Args:
-            key: steps of the same key do the same, but for which tensors they are given.
-            step: issues the step of a row. What it does in one row it does in all, with the row's tensors; it may be
-                called for the first one only, or not at all for a key that has been there.
-            changing: for each row of the chain the tensor that is another one from replay to replay; laid out alike.
-
-        Returns:
-            What the steps consist of; where it is the same, they differ in values, extents and addresses at most.
+    ) -> None:
+        """Do the rows of `part`, in the order of `stream`. `key` has been recorded; `changing` is of all rows.
 
         Raises:
-            DeviceError: steps like this cannot be changed from launch to launch. That, or what `step` raised, if it
-                could not be recorded, as while another thread waits for the whole device; nothing has been issued.
+            DeviceError: nothing has been issued.
         """
-
-    def record(self, key: Hashable, step: Callable[[int], torch.Tensor], changing: torch.Tensor) -> None:
-        """See to it that `replay` finds the key. `changing` is the first row's; nothing is done to it."""
 
 
 class Graphs(Protocol):

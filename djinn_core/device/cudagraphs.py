@@ -7,8 +7,8 @@ what is made in between too, since rows run one after the other. Before each lau
 given what belongs to this one (`cuGraphExecKernelNodeSetParams`; launches under way keep what they had).
 
 Invariant: nothing is launched before every node of every row has been given this step's parameters. What a step makes
-in between lies in memory that the pool may hand out again, to graphs that are recorded later: so a chain is made when
-its rows have been recorded, a row that is recorded anew needs a new chain, and nothing else runs within one.
+lies in a pool of its own: a row's graphs may keep something in theirs from before the step until behind it. And what it
+gives is copied from there by a kernel, so that no address that is exchanged is that of memory used for anything else.
 
 Not taken: `cuGraphExecUpdate` with a new capture of all rows, which takes the Python that a chain is there to save.
 Kernels of our own that read the length from memory: other kernels, so other bits.
@@ -21,6 +21,7 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from djinn_core.device.drivercalls import checked, describe
 from djinn_core.errors import DeviceError
 
 STEPS_KEPT = 4096  # some kilobytes each
-SAMPLES_KEPT = 8  # a graph of all rows for each
+SAMPLES_KEPT = 16  # a graph of all rows for each
 NODE = np.dtype(  # CUDA_KERNEL_NODE_PARAMS_v2
     [
         ("func", "u8"),
@@ -47,6 +48,7 @@ NODE = np.dtype(  # CUDA_KERNEL_NODE_PARAMS_v2
     ]
 )
 EXTENTS = ("grid", "block", "shared_bytes")
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 _KERNEL = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_KERNEL
 
 
@@ -114,7 +116,8 @@ class CudaGraphs:
         return CudaGraph(self.index, self.pool, self.stream)
 
     def chain(self, rows: Sequence[Row]) -> CudaChain:
-        return CudaChain(self.new, rows)
+        with torch.cuda.device(self.index):
+            return CudaChain(CudaGraphs(self.index, torch.cuda.MemPool(), self.stream), rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,12 +152,12 @@ class _Linked:
     """
 
     def __init__(self, rows: Sequence[Row], step: _Step, sample: driver.CUgraph) -> None:
+        self._launched: driver.CUgraphExec | None = None
+        self._graph = checked("cuGraphCreate", driver.cuGraphCreate(0))
         library = ctypes.PyDLL("libcuda.so.1")  # it keeps the interpreter: each call takes a microsecond
         add, self._set = library.cuGraphAddKernelNode_v2, library.cuGraphExecKernelNodeSetParams_v2
         add.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
         self._set.argtypes = [ctypes.c_void_p] * 3
-        self._graph = checked("cuGraphCreate", driver.cuGraphCreate(0))
-        self._launched: driver.CUgraphExec | None = None
         self._words = np.tile(step.words, (len(rows), 1))
         self._nodes = np.tile(step.nodes, (len(rows), 1))
         self._tables = self._pointers(step.sizes)
@@ -210,11 +213,11 @@ class CudaChain:
     """`Chain` by parameters that are exchanged before each launch.
 
     Args:
-        new: makes a graph to record a step in.
+        graphs: makes those that steps are recorded in.
     """
 
-    def __init__(self, new: Callable[[], CudaGraph], rows: Sequence[Row]) -> None:
-        self._new = new
+    def __init__(self, graphs: CudaGraphs, rows: Sequence[Row]) -> None:
+        self._graphs = graphs
         self._rows = tuple(rows)
         own = [[0, *map(torch.Tensor.data_ptr, (*row.reads, row.into))] for row in rows]
         self._addresses = np.array(own, dtype=np.uint64)  # [rows, tensors]; the first is the one that changes
@@ -223,6 +226,15 @@ class CudaChain:
         self._linked: dict[Hashable, _Linked] = {}
         self._layouts: dict[tuple[int, int], list[int]] = {}
 
+    def record(self, key: Hashable, step: Callable[[int], torch.Tensor], changing: torch.Tensor) -> Hashable:
+        found = self._steps.get(key)
+        if found is None:
+            found = self._recorded(step, changing)
+            if len(self._steps) == STEPS_KEPT:
+                del self._steps[next(iter(self._steps))]
+            self._steps[key] = found
+        return found.kernels
+
     def replay(
         self,
         stream: Stream,
@@ -230,39 +242,30 @@ class CudaChain:
         step: Callable[[int], torch.Tensor],
         changing: Sequence[torch.Tensor],
         part: range,
-    ) -> Hashable:
-        self.record(key, step, changing[0])
-        found = self._steps[key]
-        rows = slice(part.start, part.stop)
+    ) -> None:
+        found, rows = self._steps[key], slice(part.start, part.stop)
         linked = self._linked.get((found.kernels, part))
         if linked is None:
             linked = _Linked(self._rows[rows], found, self._samples[found.kernels].graph)
             self._linked[found.kernels, part] = linked
         self._addresses[rows, 0] = list(map(torch.Tensor.data_ptr, changing[rows]))
         linked.launch(found, self._addresses[rows], stream)
-        return found.kernels
 
-    def record(self, key: Hashable, step: Callable[[int], torch.Tensor], changing: torch.Tensor) -> None:
-        if key in self._steps:
-            return
-        graph, row = self._new(), self._rows[0]
+    def _recorded(self, step: Callable[[int], torch.Tensor], changing: torch.Tensor) -> _Step:
+        graph, row = self._graphs.new(), self._rows[0]
         graph.begin()
         try:
-            made = step(0)
+            copied_by_kernel(step(0), row.into)
         except BaseException:
             graph.abandon()
             raise
         graph.end()
-        if (made.shape, made.stride(), made.dtype) != (row.into.shape, row.into.stride(), row.into.dtype):
-            raise DeviceError(f"a step made {made.shape} of {made.dtype}, which is not laid out as where it belongs")
-        found = self._read(graph.graph, [changing, *row.reads, made])
+        found = self._read(graph.graph, [changing, *row.reads, row.into])
         if found.kernels not in self._samples:
             if len(self._samples) == SAMPLES_KEPT:
                 raise DeviceError(f"steps take other kernels again and again, of {SAMPLES_KEPT} sets by now")
             self._samples[found.kernels] = graph
-        if len(self._steps) == STEPS_KEPT:
-            del self._steps[next(iter(self._steps))]
-        self._steps[key] = found
+        return found
 
     def _read(self, graph: driver.CUgraph, tensors: Sequence[torch.Tensor]) -> _Step:
         nodes, sizes, blobs = [], [], []
@@ -274,8 +277,8 @@ class CudaChain:
             [known] = np.frombuffer(ctypes.string_at(int(params.getPtr()), NODE.itemsize), NODE)
             nodes.append(known)
             sizes.append(self._layout(params, (int(known["func"]), int(known["kern"]))))
-            if not known["params"] and sizes[-1]:
-                raise DeviceError("a step has a kernel whose parameters are packed, and where they stand is not known")
+            if known["extra"] or not known["params"] or not sizes[-1]:
+                raise DeviceError("a step has a kernel of which the driver does not tell what it is called with")
             table = ctypes.cast(int(known["params"]), ctypes.POINTER(ctypes.c_void_p))
             for at, size in enumerate(sizes[-1]):
                 blobs.append(ctypes.string_at(table[at], size).ljust(8 * _words(size), b"\0"))
@@ -290,8 +293,16 @@ class CudaChain:
                 asked = driver.cuKernelGetParamInfo, params.kern
             while not (found := asked[0](asked[1], len(sizes)))[0]:
                 sizes.append(found[2])
+            if found[0] != driver.CUresult.CUDA_ERROR_INVALID_VALUE:  # what it says behind the last one
+                raise DeviceError(describe("a kernel's parameters: cuFuncGetParamInfo", found[0]))
             self._layouts[function] = sizes
         return self._layouts[function]
+
+
+def copied_by_kernel(made: torch.Tensor, into: torch.Tensor) -> None:
+    """`into.copy_(made)`, which where both are dense is no kernel: bit for bit, through integers of the same size."""
+    kind = INTEGERS[made.element_size()]
+    torch.bitwise_or(made.view(kind), 0, out=into.view(kind))
 
 
 def relocated(words: np.ndarray, tensors: Sequence[torch.Tensor]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -319,10 +330,16 @@ def _words(size_bytes: int) -> int:
 
 
 def _nodes_of(graph: driver.CUgraph) -> list[Any]:
-    """In the order in which they were recorded."""
+    """One behind the other. Raises DeviceError where some are side by side."""
     code, _, count = driver.cuGraphGetNodes(graph, 0)
     if not code:
         code, nodes, count = driver.cuGraphGetNodes(graph, count)
+    if not code:
+        code, begins, ends, *_, edges = driver.cuGraphGetEdges(graph, count)
     if code:
         raise DeviceError(describe("cuGraphGetNodes", code))
-    return nodes[:count]
+    nodes = nodes[:count]
+    follows = {int(begin): int(end) for begin, end in zip(begins[:edges], ends[:edges], strict=True)}
+    if edges != count - 1 or any(follows.get(int(one)) != int(other) for one, other in pairwise(nodes)):
+        raise DeviceError("a step's kernels do not run one behind the other")
+    return nodes

@@ -44,11 +44,13 @@ class HostGraph(TorchDispatchMode):
         kwargs = kwargs or {}
         if not UNKNOWN.isdisjoint(func.tags):
             raise RuntimeError(f"{func} needs a value from the device, and nothing is done while a graph is recorded")
+        before = [(tensor, tensor.clone()) for tensor in _tensors((args, kwargs))] if func._schema.is_mutable else []
         out = func(*args, **kwargs)
         read = {_memory(tensor) for tensor in _tensors((args, kwargs))}
         if func._schema.is_mutable:
-            if not self._made.issuperset(map(_memory, _tensors(out))):
-                raise RuntimeError(f"{func} writes in place what was there before, and has done so to be noted")
+            for tensor, value in before:
+                if _memory(tensor) not in self._made:
+                    tensor.copy_(value)  # it was there before, and nothing is done while a graph is recorded
             self._steps.append((func, args, kwargs, []))
         elif read.isdisjoint(map(_memory, _tensors(out))):  # else it is a view
             self._steps.append((func, args, kwargs, _tensors(out)))
@@ -67,6 +69,9 @@ class HostChain:
     def __init__(self, rows: Sequence[Row]) -> None:
         self._rows = tuple(rows)
 
+    def record(self, key: Hashable, step: Callable[[int], torch.Tensor], changing: torch.Tensor) -> Hashable:
+        return None
+
     def replay(
         self,
         stream: Stream,
@@ -74,16 +79,12 @@ class HostChain:
         step: Callable[[int], torch.Tensor],
         changing: Sequence[torch.Tensor],
         part: range,
-    ) -> Hashable:
+    ) -> None:
         for number in part:
             row = self._rows[number]
             row.before.replay(stream)
             row.into.copy_(step(number))
             row.behind.replay(stream)
-        return None
-
-    def record(self, key: Hashable, step: Callable[[int], torch.Tensor], changing: torch.Tensor) -> None:
-        """Nothing is kept."""
 
 
 class HostGraphs:

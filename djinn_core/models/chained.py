@@ -30,7 +30,8 @@ class Chained:
         layers: all of the model, each reading what the one before has written.
 
     Attributes:
-        proofs: how often the layers of a part, in steps of a kind, were compared with the layers issued one by one.
+        proofs: how often a part's launch, by its first layer and what is in between, was compared with the layers one
+            by one.
 
     Raises:
         NotRecorded: what a layer does between its graphs is not what the first one does.
@@ -43,34 +44,39 @@ class Chained:
         self.proofs: Counter[Hashable] = Counter()
         self._chain = graphs.chain(self.layers)
 
-    def issue(self, part: range, hidden: torch.Tensor, cache: Cache, stream: Stream) -> Hashable:
-        """The layers of `part` on `hidden` [B, 1, hidden]. Returns what `proofs` counts.
+    def prepare(self, cache: Cache, ahead: int = 0) -> Hashable:
+        """Record what lies between graphs at the pass's length, or `ahead` tokens behind it; nothing if it has been.
+
+        Returns of which kind it is, None where the session has no room for more.
 
         Raises:
-            DeviceError: or what torch raised while the length was recorded; nothing has been issued.
+            DeviceError: or what torch raised while it was recorded.
+        """
+        length, step = self._step(cache, ahead)
+        if length >= cache.layers[0].get_max_length():
+            return None
+        return self._chain.record(length, step, cache.layers[0].span)
+
+    def issue(self, part: range, hidden: torch.Tensor, cache: Cache, stream: Stream) -> None:
+        """The layers of `part` on `hidden` [B, 1, hidden], which they may change. What is between has been prepared.
+
+        Raises:
+            DeviceError: nothing has been issued.
         """
         first = self.layers[part.start]
         if hidden is not first.hidden:
             first.hidden.copy_(hidden)
-        spans = [layer.span for layer in cache.layers]
-        return part.start, self._chain.replay(stream, *self._step(cache, 0), spans, part)
-
-    def record_next(self, cache: Cache) -> None:
-        """Record the length that the session's next token will have, unless that has been done, or it has no room."""
-        key, step = self._step(cache, 1)
-        if key <= cache.layers[0].get_max_length():
-            self._chain.record(key, step, cache.layers[0].span)
+        self._chain.replay(stream, *self._step(cache, 0), [layer.span for layer in cache.layers], part)
 
     def _step(self, cache: Cache, ahead: int) -> tuple[int, Callable[[int], torch.Tensor]]:
-        """What lies between the graphs of a layer, `ahead` tokens behind this pass; and the length that it is for."""
+        """The length that a pass begins at, `ahead` tokens behind this one; and what lies between a layer's graphs."""
 
         def step(number: int) -> torch.Tensor:
             layer = self.layers[number]
             keys, values = cache.layers[number].append(layer.new, ahead)
             return attention(layer.query, keys, values, **layer.settings)
 
-        length, _ = cache.layers[0].get_mask_sizes(1)
-        return length + ahead, step
+        return cache.layers[0].get_seq_length() + ahead, step
 
 
 def _between(layer: Recorded) -> Hashable:

@@ -24,13 +24,11 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import repeat
-from operator import attrgetter, contains, is_
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -39,7 +37,8 @@ from transformers import Cache
 from djinn_core.interrupts import Uninterrupted
 from djinn_core.models.chained import Chained
 from djinn_core.models.layercalls import copied, first_of, hidden_of, replace_hidden
-from djinn_core.models.recording import NotRecorded, Places, Recorded, Recording
+from djinn_core.models.recording import NotRecorded, Recorded, Recording
+from djinn_core.models.watched import Watched
 
 if TYPE_CHECKING:
     from djinn_core.device.base import Device, Graphs, Stream
@@ -48,7 +47,7 @@ KINDS = 8  # of calls that are recorded; a setting that changes with every call 
 TRIES = 3  # recordings of a layer: another thread that waits for the whole device makes one fail
 PROOFS = 2
 PART = 8  # layers in a launch: while the device computes them, Python prepares the next ones
-FAULTS = 20  # in a row, of such launches
+FAULTS = 100  # in a row, of such launches
 PRECISIONS = (  # of `torch.backends.cuda.matmul`; an older torch has not all of them
     "fp32_precision",
     "allow_fp16_accumulation",
@@ -57,7 +56,7 @@ PRECISIONS = (  # of `torch.backends.cuda.matmul`; an older torch has not all of
 )
 ATTENTIONS = ("flash", "mem_efficient", "math", "cudnn")  # that `torch.backends.cuda` has a switch for
 
-_forward_of, _trains = attrgetter("forward"), attrgetter("training")
+_flash_kind = getattr(nn.attention, "current_flash_attention_impl", lambda: None)  # not in an older torch
 _log = logging.getLogger("djinn.graphs")
 
 
@@ -86,56 +85,10 @@ class _Call:
 class _Claims:
     """What one launch gave for each layer: its output, K and V; those that are still to be compared."""
 
+    call: _Call
     chained: Chained
     kind: Hashable
     given: dict[int, tuple[torch.Tensor, ...]]
-
-
-class _Watched:
-    """Layers, and whether they are still what was recorded. Asked for every token: no loop in Python."""
-
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        modules = [module for layer in layers for module in layer.modules()]
-        self._modules = modules
-        self._hooks = [_global_forward_hooks, _global_forward_pre_hooks]
-        self._hooks += [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self._outside = list(map(vars, layers))  # a layer's own `forward` is the boundary's
-        self._outer = list(map(dict.get, self._outside, repeat("forward")))
-        self._inside = [vars(module) for layer in layers for module in list(layer.modules())[1:]]
-        self._children = [module._modules for module in modules]
-        self._sizes = list(map(len, self._children))
-        families = [(group, name) for group in self._children for name in group]
-        self._parents, self._roles = [group for group, _ in families], [name for _, name in families]
-        self._had = list(map(dict.get, self._parents, self._roles))
-        self._classes = list(map(type, modules))
-        self._kinds = list(dict.fromkeys(self._classes))
-        self._forwards = list(map(_forward_of, self._kinds))
-        tensors = [(group, name) for m in modules for group in (m._parameters, m._buffers) for name in group]
-        self._groups, self._names = [group for group, _ in tensors], [name for _, name in tensors]
-
-    @property
-    def altered(self) -> bool:
-        """A hook, another module, another class or another `forward` is in them, or one is being trained."""
-        return (
-            any(self._hooks)
-            or not all(map(is_, map(dict.get, self._outside, repeat("forward")), self._outer))
-            or list(map(len, self._children)) != self._sizes
-            or not all(map(is_, map(dict.get, self._parents, self._roles), self._had))
-            or not all(map(is_, map(type, self._modules), self._classes))
-            or not all(map(is_, map(_forward_of, self._kinds), self._forwards))
-            or any(map(_trains, self._modules))
-            or any(map(contains, self._inside, repeat("forward")))
-        )
-
-    @property
-    def places(self) -> Places:
-        """Which parameters and buffers they have, and where."""
-        return Places(list(map(dict.get, self._groups, self._names)))
-
-    def moved(self, since: Places) -> bool:
-        """Whether a parameter or buffer is another one now, or elsewhere."""
-        found = map(dict.get, self._groups, self._names)
-        return not all(map(is_, found, since.tensors)) or since.moved
 
 
 class LayerGraphs:
@@ -149,10 +102,10 @@ class LayerGraphs:
     def __init__(self, device: Device, layers: Sequence[nn.Module], recordable: Iterable[int]) -> None:
         self._device = device
         self._graphs: Graphs | None = device.graphs()
-        self._watched = {index: _Watched([layers[index]]) for index in recordable}
+        self._watched = {index: Watched([layers[index]]) for index in recordable}
         starts = range(0, len(layers), PART) if len(self._watched) == len(layers) else ()
         self._parts = {start: range(start, min(start + PART, len(layers))) for start in starts}
-        self._looks = {start: _Watched(layers[part.start : part.stop]) for start, part in self._parts.items()}
+        self._looks = {start: Watched(layers[part.start : part.stop]) for start, part in self._parts.items()}
         self._calls: dict[tuple, _Call] = {}
         self._reasons: dict[str, int] = {}
         self._given: tuple | None = None  # the arguments of the layer before, in the same pass
@@ -198,6 +151,8 @@ class LayerGraphs:
         """Forget all graphs; the parameters may go."""
         self._forget_given()
         self._watched.clear()
+        self._parts.clear()
+        self._looks.clear()
         self._calls.clear()
         self._graphs = None  # and with it the memory that they shared
 
@@ -223,7 +178,9 @@ class LayerGraphs:
             layers = self._call.chained.layers
             if hidden is layers[index - 1].out and self._is_given(given):
                 return self._handed_on(index, layers[index])
-            self._ahead = range(0)  # the decoder does something else this time: this layer and the next ones once more
+            # the decoder does something else this time: this layer and the next ones once more, on what they are given
+            self._ahead = range(0)
+            self._fail(self._call, "the decoder does something else between them")
         if index not in self._watched or hidden.shape[1] != 1 or self._altered(index):
             return original(*args, **kwargs)
         if not self._is_given(given):
@@ -244,7 +201,7 @@ class LayerGraphs:
             return self._prove(index, found, original, args, kwargs)
         part = self._parts.get(index)
         if part is not None and call.faults < FAULTS and undisturbed(part.start, part.stop):
-            self._issue_part(part, hidden)
+            hidden = self._issue_part(part, hidden)
         if index not in self._ahead:
             found.issue(hidden, call.cache.layers[index], self._stream)
             if self._claims is not None:
@@ -258,58 +215,79 @@ class LayerGraphs:
 
     def _handed_on(self, index: int, found: Recorded) -> Any:
         """What layer `index` returns, which has been issued."""
-        if index + 1 in self._ahead or self._comes_next(index + 1):
+        if index + 1 in self._ahead:
+            return found.returned
+        if index in self._ahead:
+            self._call.faults = 0
+        if self._comes_next(index + 1):
             return found.returned
         if index in self._ahead and index + 1 == len(self._watched):
             with Uninterrupted(), suppress(Exception):  # what is wrong is told of when it is recorded in time
-                self._call.chained.record_next(self._call.cache)
+                self._call.chained.prepare(self._call.cache, ahead=1)
         return copied(found.returned)
 
-    def _issue_part(self, part: range, hidden: torch.Tensor) -> None:
-        """Issue its layers at once, if they can be and have been proven to be right; else they go one by one."""
+    def _issue_part(self, part: range, hidden: torch.Tensor) -> torch.Tensor:
+        """Issue its layers at once, if they can be and have been proven to be right; else they are to go one by one.
+
+        Returns `hidden` as it was: the layers may change what they are given.
+        """
         call, look = self._call, self._looks[part.start]
+        kept = hidden
         try:
             chained = call.chained or self._put_together(call)
             if chained is None or not call.cache.uniform or look.altered:
-                return
+                return kept
             if any(self._watched[index].moved(chained.layers[index].places) for index in part):
-                return
+                return kept
             with Uninterrupted():
-                kind = chained.issue(part, hidden, call.cache, self._stream)
+                kind = part.start, chained.prepare(call.cache)
+                proven = chained.proofs[kind] >= PROOFS
+                kept = hidden if proven else hidden.clone()
+                chained.issue(part, hidden, call.cache, self._stream)
+            if proven:
+                self._ahead = part
+            else:
+                layers = {index: (chained.layers[index].out, *call.cache.layers[index].written(1)) for index in part}
+                given = {index: tuple(map(torch.clone, layer)) for index, layer in layers.items()}
+                self._claims = _Claims(call, chained, kind, given)
+        except NotRecorded as reason:
+            self._fail(call, str(reason), FAULTS)
         except Exception as error:  # noqa: BLE001 - the layers run one by one
-            call.faults = FAULTS if isinstance(error, NotRecorded) else call.faults + 1
-            self._tell_of_chains(call, f"{type(error).__name__}: {error}")
-            return
-        call.faults = 0
-        if chained.proofs[kind] >= PROOFS:
-            self._ahead = part
-            return
-        outs = {index: (chained.layers[index].out, *call.cache.layers[index].written(1)) for index in part}
-        self._claims = _Claims(chained, kind, {index: tuple(map(torch.clone, out)) for index, out in outs.items()})
+            self._fail(call, f"{type(error).__name__}: {error}")
+        return kept
 
     def _put_together(self, call: _Call) -> Chained | None:
         """None as long as a layer has no graphs that were proven, or does not read what the one before writes."""
         layers = [call.layers.get(index) for index in range(len(self._watched))]
+        if None in call.layers.values():
+            raise NotRecorded("not all of them have graphs")
         if any(layer is None or layer.proofs < PROOFS for layer in layers):
             return None
         apart = [index for index in range(1, len(layers)) if layers[index].hidden is not layers[index - 1].out]
-        for index in apart:
-            del call.layers[index]  # it is recorded again, behind the one that is there now
-        if not apart:
+        if apart:
+            _forget_from(call, apart[0])
+        else:
             call.chained = Chained(self._graphs, layers)
         return call.chained
 
     def _compare(self, index: int, found: Recorded) -> None:
         """What was issued at once with what was issued one by one; proven when all layers gave the same."""
-        call, claims = self._call, self._claims
+        claims = self._claims
         given = claims.given.pop(index, ())
-        mine = (found.out, *call.cache.layers[index].written(1))
+        mine = (found.out, *self._call.cache.layers[index].written(1))
         if len(given) != len(mine) or not all(map(_same, given, mine)):
-            self._claims, call.faults = None, FAULTS
-            self._tell_of_chains(call, "together they give other values than one by one")
+            self._claims = None
+            self._fail(claims.call, "together they give other values than one by one", FAULTS)
         elif not claims.given:
             self._claims = None
             claims.chained.proofs[claims.kind] += 1
+
+    def _fail(self, call: _Call, why: str, faults: int = 1) -> None:
+        """Layers did not go out together, or for nothing."""
+        call.faults += faults
+        if call.faults >= FAULTS:
+            call.chained = None
+            _log.warning("layers go out one by one, each from its graphs: %s", why)
 
     def _altered(self, index: int) -> bool:
         if self._looked[0] != index:
@@ -322,11 +300,15 @@ class LayerGraphs:
         return found is not None and found.proofs >= PROOFS and not self._altered(index)
 
     def _forget_recordings(self, index: int) -> None:
-        """Layer `index` has other parameters, or has them elsewhere; all its recordings hold the old ones."""
+        """Layer `index` has other parameters, or has them elsewhere; all its recordings hold the old ones.
+
+        The layers behind it read what it wrote, and are recorded again, too.
+        """
         for call in self._calls.values():
             call.chained = None
             if call.layers.get(index) is not None:
-                del call.layers[index]
+                call.tries[index] += 1
+                _forget_from(call, index)
 
     def _forget_given(self) -> None:
         if self._call is not None:
@@ -406,15 +388,17 @@ class LayerGraphs:
             self._tell(index, why)
         return out
 
-    def _tell_of_chains(self, call: _Call, why: str) -> None:
-        if call.faults == FAULTS:
-            call.chained = None
-            _log.warning("layers go out one by one, each from its graphs: %s", why)
-
     def _tell(self, index: int, why: str) -> None:
         if why not in self._reasons:
             self._reasons[why] = index
             _log.warning("layer %d is not issued from graphs, its own code runs: %s", index, why)
+
+
+def _forget_from(call: _Call, first: int) -> None:
+    """Layers `first` and on are recorded again, each behind the one before; that is none of their tries."""
+    for index in [index for index, layer in call.layers.items() if index >= first and layer is not None]:
+        del call.layers[index]
+        call.tries[index] -= 1
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -437,6 +421,8 @@ def _modes(device_type: str) -> tuple:
     return (
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cuda.preferred_blas_library(),
+        torch.backends.cudnn.enabled,
+        _flash_kind(),
         *(getattr(settings, name, None) for name in PRECISIONS),
         *(getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in ATTENTIONS),
         *torch._C._get_sdp_priority_order(),

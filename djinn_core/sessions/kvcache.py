@@ -124,7 +124,7 @@ class SessionCache(Cache):
     """A session's KV as `past_key_values`. `begin` and `end` enclose a pass.
 
     Attributes:
-        uniform: all layers keep and show the same: they differ in addresses only.
+        uniform: no layer has a window, so that layers differ in addresses only, and passes in those and the length.
     """
 
     def __init__(self, windows: list[int | None], layout: Layout, region: Region, table: BlockTable) -> None:
@@ -134,7 +134,7 @@ class SessionCache(Cache):
             for index, window in enumerate(windows)
         ]
         super().__init__(layers=layers)
-        self.uniform = len(set(windows)) == 1
+        self.uniform = windows.count(None) == len(windows)
 
     def begin(self, start: int) -> None:
         """A pass begins behind `start` tokens."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from djinn_core.device import open_device
 from djinn_core.device.cuda import CudaDevice
@@ -32,13 +32,15 @@ CONFIG = LlamaConfig(
 
 
 @contextmanager
-def cuda_rig(*, graphs: bool = False) -> Iterator[tuple[PreTrainedModel, PreTrainedModel, CudaDevice, Sessions]]:
+def cuda_rig(
+    *, graphs: bool = False, config: PretrainedConfig = CONFIG
+) -> Iterator[tuple[PreTrainedModel, PreTrainedModel, CudaDevice, Sessions]]:
     """The stock model, the served one, the device, and the sessions room; nothing may be held in the end."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     device = open_device("cuda:0")
     torch.manual_seed(7)
-    stock = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.float16).eval().requires_grad_(False).cuda()
+    stock = AutoModelForCausalLM.from_config(config, dtype=torch.float16).eval().requires_grad_(False).cuda()
     served = copy.deepcopy(stock)
     stack = find_stack(served)
     boundary = install(served, stack, NullProvider(), Turn())

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PhiConfig
 
 from djinn_core.device.cudagraphs import CudaChain
 from djinn_core.models.boundary import NullProvider, install
@@ -62,8 +64,8 @@ def test_launches_for_sessions_at_other_lengths_and_addresses(rig) -> None:
         last = wanted
     chain = chain_of(served)
     assert served._djinn_boundary.graphs.chained == 1
-    seen = {length + 1 + token for length in lengths for token in range(40)}
-    assert seen - set(chain._steps) <= set(range(121, 130))  # those before all layers were proven
+    seen = {length + token for length in lengths for token in range(40)}
+    assert seen - set(chain._steps) <= set(range(120, 130))  # those before all layers were proven
     grids = {step.nodes["grid"].tobytes() for step in chain._steps.values()}
     assert len(grids) > 1, "attention is split alike at all of these lengths: the test says less than it wants to"
     for session in opened:
@@ -121,16 +123,49 @@ def test_a_thread_that_waits_for_the_whole_device_costs_a_pass_its_launch(rig) -
     session.close()
 
 
-def test_attention_without_kernels_of_its_own_goes_layer_by_layer(rig, caplog) -> None:
-    """What torch calls `math` is made of matrix products, whose parameters the driver does not tell."""
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION])
+def test_whatever_kernels_attention_has(rig, backend) -> None:
+    """Also such as the driver does not tell everything about; then layers go one by one."""
     stock, served, _, sessions = rig
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with sdpa_kernel(backend):
         oracle, session = Oracle(stock), sessions.open(served, max_length=400)
         first = oracle.forward(prompt(tokens=100).cuda())
         session.forward(prompt(tokens=100).cuda())
-        assert equal(speak(session, first, 10), oracle.greedy(first, 10))
-        session.close()
-    print(served._djinn_boundary.graphs.chained, [record.getMessage() for record in caplog.records])
+        assert equal(speak(session, first, 40), oracle.greedy(first, 40))
+    graphs = served._djinn_boundary.graphs
+    assert graphs.recorded == LAYERS
+    assert graphs.chained == 1 or backend is not SDPBackend.FLASH_ATTENTION
+    session.close()
+
+
+PARALLEL = PhiConfig(
+    vocab_size=128,
+    hidden_size=320,
+    intermediate_size=512,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    max_position_embeddings=4096,
+)
+
+
+def test_what_a_layer_keeps_across_its_attention_is_not_overwritten() -> None:
+    """Here the norm before attention is read behind it; what attention needs meanwhile grows with the length."""
+    with cuda_rig(graphs=True, config=PARALLEL) as (stock, served, _, sessions):
+        oracles, opened, last = [], [], []
+        for length, batch in ((200, 1), (1000, 1), (600, 2)):
+            ids = prompt(batch, tokens=length, seed=length).cuda()
+            oracles.append(Oracle(stock))
+            opened.append(sessions.open(served, max_length=length + 120, batch_size=batch))
+            last.append(oracles[-1].forward(ids))
+            opened[-1].forward(ids)
+        for _ in range(100):
+            wanted = [oracle.forward(likely(each)) for oracle, each in zip(oracles, last, strict=True)]
+            assert equal([session.forward(likely(each)) for session, each in zip(opened, last, strict=True)], wanted)
+            last = wanted
+        graphs = served._djinn_boundary.graphs
+        assert graphs.recorded == 2 * LAYERS and graphs.chained == 2 and not graphs.refused
+        for session in opened:
+            session.close()
 
 
 @pytest.mark.parametrize("layer", range(1, LAYERS + 1))
