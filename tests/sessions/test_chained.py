@@ -22,6 +22,7 @@ from tests.sessions.oracle import Oracle, equal, likely, prompt, speak
 from tests.sessions.rigs import LAYERS, MakeRig, Rig, begun
 
 PART, FAULTS = 2, 6
+OTHERS = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION
 
 
 @pytest.fixture
@@ -268,7 +269,7 @@ def test_layers_that_attend_in_different_ways_go_one_by_one(rig, caplog) -> None
     "settings",
     [
         lambda: sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]),
-        lambda: sdpa_kernel([SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], set_priority=True),
+        lambda: sdpa_kernel([SDPBackend.MATH, *OTHERS], set_priority=True),
         lambda: torch.backends.cudnn.flags(enabled=False),
     ],
 )
