@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import PhiConfig
+from transformers import LlamaConfig, PhiConfig
 
 from djinn_core.device.cudagraphs import CudaChain
 from djinn_core.models.boundary import NullProvider, install
@@ -19,7 +19,7 @@ from djinn_core.models.graphs import PROOFS, LayerGraphs
 from djinn_core.models.stack import find_stack
 from djinn_core.sessions.edits import Edit
 from djinn_core.turn import Turn
-from tests.gpu.rigs import LAYERS, MIB, cuda_rig
+from tests.gpu.rigs import CONFIG, LAYERS, MIB, cuda_rig
 from tests.sessions.oracle import Oracle, equal, likely, prompt, speak
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -124,18 +124,18 @@ def test_a_thread_that_waits_for_the_whole_device_costs_a_pass_its_launch(rig) -
 
 
 @pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION])
-def test_whatever_kernels_attention_has(rig, backend) -> None:
+def test_whatever_kernels_attention_has(backend) -> None:
     """Also such as the driver does not tell everything about; then layers go one by one."""
-    stock, served, _, sessions = rig
-    with sdpa_kernel(backend):
+    config = LlamaConfig(**{**CONFIG.to_dict(), "num_key_value_heads": CONFIG.num_attention_heads})
+    with cuda_rig(graphs=True, config=config) as (stock, served, _, sessions), sdpa_kernel(backend):
         oracle, session = Oracle(stock), sessions.open(served, max_length=400)
         first = oracle.forward(prompt(tokens=100).cuda())
         session.forward(prompt(tokens=100).cuda())
         assert equal(speak(session, first, 40), oracle.greedy(first, 40))
-    graphs = served._djinn_boundary.graphs
-    assert graphs.recorded == LAYERS
-    assert graphs.chained == 1 or backend is not SDPBackend.FLASH_ATTENTION
-    session.close()
+        graphs = served._djinn_boundary.graphs
+        assert graphs.recorded == LAYERS
+        assert graphs.chained == 1 or backend is not SDPBackend.FLASH_ATTENTION
+        session.close()
 
 
 PARALLEL = PhiConfig(
