@@ -337,6 +337,6 @@ def judge(result: Result) -> None:
     link = result.limits
     drifted = limits.moved(link)
     if link["drift_decides"] and drifted:
-        by = ", ".join(f"{name} by {share:.1%}" for name, share in drifted.items())
+        by = ", ".join(f"{name} by {share:.2%}" for name, share in drifted.items())
         allowed = f"{link['drift_allowed']:.0%} is allowed"
         result.fail("inconclusive", f"{DRIFTED}: {by}; {allowed}")
