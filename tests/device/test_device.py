@@ -292,6 +292,22 @@ def test_a_graph_does_what_was_recorded_on_the_same_addresses(device):
 
 
 @torch.no_grad()
+def test_what_is_recorded_changes_nothing_until_it_is_replayed(device):
+    """Neither what was there before."""
+    source, graph = torch.ones(4, device=device.torch_device), device.graphs().new()
+    graph.begin()
+    source.mul_(2)
+    out = source + 1
+    graph.end()
+    device.synchronize()
+    assert source.tolist() == [1.0] * 4
+    for value in (2.0, 4.0):
+        graph.replay(device.current_stream())
+        device.synchronize()
+        assert source.tolist() == [value] * 4 and out.tolist() == [value + 1] * 4
+
+
+@torch.no_grad()
 def test_after_a_recording_that_was_abandoned_work_is_done_again(device):
     source = torch.ones(4, device=device.torch_device)
     make = device.graphs().new

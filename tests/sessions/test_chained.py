@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import weakref
@@ -354,6 +355,33 @@ def test_layers_are_chained_again_soon_after_parameters_were_replaced(rig, launc
         assert launches[-1] == (session.length - 1, PART)
         logits = wanted[-1]
     assert rig.graphs.recorded == LAYERS and rig.graphs.chained == 1 and not rig.graphs.refused
+
+
+def test_layers_that_were_recorded_behind_nothing_are_recorded_again(rig, launches) -> None:
+    """The first that graphs see is the end of a pass; what its layers read is not what the ones before will write."""
+    oracle, session = Oracle(rig.served), rig.open()
+    logits = oracle.forward(prompt())
+    session.forward(prompt())
+    session.forward(likely(logits), stop_after=PART)
+    rig.use_graphs()
+    wanted = oracle.greedy(logits, 6 * PROOFS)
+    assert torch.equal(session.resume(), wanted[0])
+    assert equal(speak(session, wanted[0], 6 * PROOFS - 1), wanted[1:])
+    assert rig.graphs.chained == 1 and launches[-1] == (session.length - 1, PART)
+
+
+def test_where_one_layer_has_no_graphs_nobody_tries_to_chain_them(rig, caplog, launches) -> None:
+    rig.served.model.layers[1].self_attn.config = copy.deepcopy(rig.served.config)
+    rig.served.model.layers[1].self_attn.config._attn_implementation = "eager"
+    oracle, session = Oracle(rig.served), rig.open()
+    first = oracle.forward(prompt())
+    session.forward(prompt())
+    with caplog.at_level(logging.WARNING, "djinn.graphs"):
+        assert equal(speak(session, first, 6), oracle.greedy(first, 6))
+    assert rig.graphs.recorded == LAYERS - 1 and not launches
+    assert [record.getMessage() for record in caplog.records][1:] == [
+        "layers go out one by one, each from its graphs: not all of them have graphs"
+    ]
 
 
 def test_closing_lets_go_of_the_layers(rig) -> None:
