@@ -152,7 +152,7 @@ class _Linked:
     """
 
     def __init__(self, rows: Sequence[Row], step: _Step, sample: driver.CUgraph) -> None:
-        self._launched: driver.CUgraphExec | None = None
+        self._launched = self._graph = None
         self._graph = checked("cuGraphCreate", driver.cuGraphCreate(0))
         library = ctypes.PyDLL("libcuda.so.1")  # it keeps the interpreter: each call takes a microsecond
         add, self._set = library.cuGraphAddKernelNode_v2, library.cuGraphExecKernelNodeSetParams_v2
@@ -206,7 +206,8 @@ class _Linked:
     def __del__(self) -> None:
         if self._launched is not None:
             driver.cuGraphExecDestroy(self._launched)
-        driver.cuGraphDestroy(self._graph)
+        if self._graph is not None:
+            driver.cuGraphDestroy(self._graph)
 
 
 class CudaChain:
@@ -301,7 +302,9 @@ class CudaChain:
 
 def copied_by_kernel(made: torch.Tensor, into: torch.Tensor) -> None:
     """`into.copy_(made)`, which where both are dense is no kernel: bit for bit, through integers of the same size."""
-    kind = INTEGERS[made.element_size()]
+    kind = INTEGERS.get(made.element_size())
+    if kind is None or (made.shape, made.dtype) != (into.shape, into.dtype):
+        raise DeviceError(f"a step made {tuple(made.shape)} of {made.dtype} for {tuple(into.shape)} of {into.dtype}")
     torch.bitwise_or(made.view(kind), 0, out=into.view(kind))
 
 

@@ -44,7 +44,7 @@ class HostGraph(TorchDispatchMode):
         kwargs = kwargs or {}
         if not UNKNOWN.isdisjoint(func.tags):
             raise RuntimeError(f"{func} needs a value from the device, and nothing is done while a graph is recorded")
-        before = [(tensor, tensor.clone()) for tensor in _tensors((args, kwargs))] if func._schema.is_mutable else []
+        before = [(tensor, tensor.clone()) for tensor in _written(func, args, kwargs)]
         out = func(*args, **kwargs)
         read = {_memory(tensor) for tensor in _tensors((args, kwargs))}
         if func._schema.is_mutable:
@@ -95,6 +95,13 @@ class HostGraphs:
 
     def chain(self, rows: Sequence[Row]) -> HostChain:
         return HostChain(rows)
+
+
+def _written(func: Any, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    """The arguments that an operation writes into."""
+    given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+    wrote = [each.name for each in func._schema.arguments if each.alias_info is not None and each.alias_info.is_write]
+    return _tensors([given[name] for name in wrote if name in given])
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

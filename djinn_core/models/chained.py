@@ -34,12 +34,14 @@ class Chained:
             by one.
 
     Raises:
-        NotRecorded: what a layer does between its graphs is not what the first one does.
+        NotRecorded: what a layer does between its graphs is not what the first one does, or one changes its input.
     """
 
     def __init__(self, graphs: Graphs, layers: Sequence[Recorded]) -> None:
         if len(set(map(_between, layers))) != 1:
             raise NotRecorded("its layers call attention in different ways")
+        if any(layer.alters for layer in layers):
+            raise NotRecorded("a layer writes into what the one before has returned")
         self.layers = tuple(layers)
         self.proofs: Counter[Hashable] = Counter()
         self._chain = graphs.chain(self.layers)
@@ -58,7 +60,7 @@ class Chained:
         return self._chain.record(length, step, cache.layers[0].span)
 
     def issue(self, part: range, hidden: torch.Tensor, cache: Cache, stream: Stream) -> None:
-        """The layers of `part` on `hidden` [B, 1, hidden], which they may change. What is between has been prepared.
+        """The layers of `part` on `hidden` [B, 1, hidden]. What lies between has been prepared.
 
         Raises:
             DeviceError: nothing has been issued.

@@ -47,7 +47,7 @@ KINDS = 8  # of calls that are recorded; a setting that changes with every call 
 TRIES = 3  # recordings of a layer: another thread that waits for the whole device makes one fail
 PROOFS = 2
 PART = 8  # layers in a launch: while the device computes them, Python prepares the next ones
-FAULTS = 100  # in a row, of such launches
+FAULTS = 30  # in a row, of such launches
 PRECISIONS = (  # of `torch.backends.cuda.matmul`; an older torch has not all of them
     "fp32_precision",
     "allow_fp16_accumulation",
@@ -67,10 +67,10 @@ class _Call:
     Attributes:
         inputs: the tensors that graphs read, in the order in which they are found in the arguments.
         layers: for each layer its graphs; None where it has none for good.
-        tries: how often each was recorded.
+        tries: how often each was recorded since it was last proven.
         cache: of the pass under way.
         chained: several layers in one launch; None as long as not all of them have graphs.
-        faults: how often in a row that failed; at `FAULTS` it is not tried again.
+        faults: for each part, by its first layer, how often in a row that failed; at `FAULTS` it is not tried again.
     """
 
     inputs: list[torch.Tensor]
@@ -78,7 +78,7 @@ class _Call:
     tries: Counter[int] = field(default_factory=Counter)
     cache: Cache | None = None
     chained: Chained | None = None
-    faults: int = 0
+    faults: Counter[int] = field(default_factory=Counter)
 
 
 @dataclass(eq=False)
@@ -86,6 +86,7 @@ class _Claims:
     """What one launch gave for each layer: its output, K and V; those that are still to be compared."""
 
     call: _Call
+    part: range
     chained: Chained
     kind: Hashable
     given: dict[int, tuple[torch.Tensor, ...]]
@@ -104,10 +105,11 @@ class LayerGraphs:
         self._graphs: Graphs | None = device.graphs()
         self._watched = {index: Watched([layers[index]]) for index in recordable}
         starts = range(0, len(layers), PART) if len(self._watched) == len(layers) else ()
-        self._parts = {start: range(start, min(start + PART, len(layers))) for start in starts}
-        self._looks = {start: Watched(layers[part.start : part.stop]) for start, part in self._parts.items()}
+        parts = [range(start, min(start + PART, len(layers))) for start in starts]
+        self._parts = {part.start: (part, Watched(layers[part.start : part.stop])) for part in parts}
         self._calls: dict[tuple, _Call] = {}
         self._reasons: dict[str, int] = {}
+        self._reasons_apart: dict[str, int] = {}
         self._given: tuple | None = None  # the arguments of the layer before, in the same pass
         self._call: _Call | None = None
         self._looked: tuple[int, bool] = (-1, False)  # which layer was looked at last, and whether it is altered
@@ -119,13 +121,19 @@ class LayerGraphs:
     @property
     def recorded(self) -> int:
         """How many layers have graphs, over all kinds of call."""
-        return sum(found is not None for call in self._calls.values() for found in call.layers.values())
+        calls = list(self._calls.values())
+        return sum(found is not None for call in calls for found in list(call.layers.values()))
 
     @property
     def chained(self) -> int:
         """In how many kinds of call several layers go out in one launch, where nothing happens between them."""
-        proofs = [each.chained.proofs.values() for each in self._calls.values() if each.chained is not None]
-        return sum(max(counts, default=0) >= PROOFS for counts in proofs)
+        chains = [call.chained for call in list(self._calls.values())]
+        return sum(chain is not None and max(chain.proofs.copy().values(), default=0) >= PROOFS for chain in chains)
+
+    @property
+    def unchained(self) -> dict[str, int]:
+        """Why layers that have graphs go out one by one, each reason with the first layer that it was found at."""
+        return dict(self._reasons_apart)
 
     @property
     def refused(self) -> dict[str, int]:
@@ -152,8 +160,8 @@ class LayerGraphs:
         self._forget_given()
         self._watched.clear()
         self._parts.clear()
-        self._looks.clear()
         self._calls.clear()
+        self._ahead, self._claims = range(0), None
         self._graphs = None  # and with it the memory that they shared
 
     def run(
@@ -179,8 +187,8 @@ class LayerGraphs:
             if hidden is layers[index - 1].out and self._is_given(given):
                 return self._handed_on(index, layers[index])
             # the decoder does something else this time: this layer and the next ones once more, on what they are given
+            self._fail(self._call, self._ahead.start, "the decoder does something else between them")
             self._ahead = range(0)
-            self._fail(self._call, "the decoder does something else between them")
         if index not in self._watched or hidden.shape[1] != 1 or self._altered(index):
             return original(*args, **kwargs)
         if not self._is_given(given):
@@ -199,9 +207,8 @@ class LayerGraphs:
             return self._first_time(index, original, args, kwargs)
         if found.proofs < PROOFS:
             return self._prove(index, found, original, args, kwargs)
-        part = self._parts.get(index)
-        if part is not None and call.faults < FAULTS and undisturbed(part.start, part.stop):
-            hidden = self._issue_part(part, hidden)
+        if index in self._parts and call.faults[index] < FAULTS:
+            self._issue_part(*self._parts[index], hidden, undisturbed)
         if index not in self._ahead:
             found.issue(hidden, call.cache.layers[index], self._stream)
             if self._claims is not None:
@@ -218,7 +225,7 @@ class LayerGraphs:
         if index + 1 in self._ahead:
             return found.returned
         if index in self._ahead:
-            self._call.faults = 0
+            self._call.faults[self._ahead.start] = 0
         if self._comes_next(index + 1):
             return found.returned
         if index in self._ahead and index + 1 == len(self._watched):
@@ -226,35 +233,31 @@ class LayerGraphs:
                 self._call.chained.prepare(self._call.cache, ahead=1)
         return copied(found.returned)
 
-    def _issue_part(self, part: range, hidden: torch.Tensor) -> torch.Tensor:
-        """Issue its layers at once, if they can be and have been proven to be right; else they are to go one by one.
-
-        Returns `hidden` as it was: the layers may change what they are given.
-        """
-        call, look = self._call, self._looks[part.start]
-        kept = hidden
+    def _issue_part(
+        self, part: range, look: Watched, hidden: torch.Tensor, undisturbed: Callable[[int, int], bool]
+    ) -> None:
+        """Issue its layers at once, if they can be and have been proven to be right; else they are to go one by one."""
+        call = self._call
         try:
             chained = call.chained or self._put_together(call)
-            if chained is None or not call.cache.uniform or look.altered:
-                return kept
+            if chained is None or not call.cache.uniform or look.altered or not undisturbed(part.start, part.stop):
+                return
             if any(self._watched[index].moved(chained.layers[index].places) for index in part):
-                return kept
+                return
             with Uninterrupted():
                 kind = part.start, chained.prepare(call.cache)
-                proven = chained.proofs[kind] >= PROOFS
-                kept = hidden if proven else hidden.clone()
                 chained.issue(part, hidden, call.cache, self._stream)
-            if proven:
+            if chained.proofs[kind] >= PROOFS:
                 self._ahead = part
             else:
                 layers = {index: (chained.layers[index].out, *call.cache.layers[index].written(1)) for index in part}
                 given = {index: tuple(map(torch.clone, layer)) for index, layer in layers.items()}
-                self._claims = _Claims(call, chained, kind, given)
+                self._claims = _Claims(call, part, chained, kind, given)
         except NotRecorded as reason:
-            self._fail(call, str(reason), FAULTS)
+            for start in self._parts:
+                self._fail(call, start, str(reason), FAULTS)
         except Exception as error:  # noqa: BLE001 - the layers run one by one
-            self._fail(call, f"{type(error).__name__}: {error}")
-        return kept
+            self._fail(call, part.start, f"{type(error).__name__}: {error}")
 
     def _put_together(self, call: _Call) -> Chained | None:
         """None as long as a layer has no graphs that were proven, or does not read what the one before writes."""
@@ -265,7 +268,7 @@ class LayerGraphs:
             return None
         apart = [index for index in range(1, len(layers)) if layers[index].hidden is not layers[index - 1].out]
         if apart:
-            _forget_from(call, apart[0])
+            self._forget_from(call, apart[0])
         else:
             call.chained = Chained(self._graphs, layers)
         return call.chained
@@ -279,17 +282,17 @@ class LayerGraphs:
             self._claims = None  # one of them ran its own code meanwhile
         elif not all(map(_same, given, mine)):
             self._claims = None
-            self._fail(claims.call, "together they give other values than one by one", FAULTS)
+            self._fail(claims.call, claims.part.start, "together they give other values than one by one", FAULTS)
         elif not claims.given:
             self._claims = None
             claims.chained.proofs[claims.kind] += 1
 
-    def _fail(self, call: _Call, why: str, faults: int = 1) -> None:
-        """Layers did not go out together, or for nothing."""
-        call.faults += faults
-        if call.faults >= FAULTS:
-            call.chained = None
-            _log.warning("layers go out one by one, each from its graphs: %s", why)
+    def _fail(self, call: _Call, start: int, why: str, faults: int = 1) -> None:
+        """The layers of a part did not go out together, or for nothing."""
+        call.faults[start] += faults
+        if call.faults[start] >= FAULTS and why not in self._reasons_apart:
+            self._reasons_apart[why] = start
+            _log.warning("from layer %d on layers go out one by one, each from its graphs: %s", start, why)
 
     def _altered(self, index: int) -> bool:
         if self._looked[0] != index:
@@ -309,8 +312,13 @@ class LayerGraphs:
         for call in self._calls.values():
             call.chained = None
             if call.layers.get(index) is not None:
-                call.tries[index] += 1
-                _forget_from(call, index)
+                self._forget_from(call, index)
+
+    def _forget_from(self, call: _Call, first: int) -> None:
+        """Layers `first` and on are recorded again, each behind the one before."""
+        for index in [index for index, layer in call.layers.items() if index >= first and layer is not None]:
+            if not self._watched[index].moved(call.layers.pop(index).places):
+                call.tries[index] -= 1  # the one before is why
 
     def _forget_given(self) -> None:
         if self._call is not None:
@@ -385,6 +393,8 @@ class LayerGraphs:
         given = (first_of(out), *cache_layer.written(1))
         if recorded is not None and all(map(_same, given, (recorded.out, recorded.keys, recorded.values))):
             recorded.proofs += 1
+            if recorded.proofs == PROOFS:
+                self._call.tries[index] = 0
         else:
             self._call.layers[index] = None
             self._tell(index, why)
@@ -394,13 +404,6 @@ class LayerGraphs:
         if why not in self._reasons:
             self._reasons[why] = index
             _log.warning("layer %d is not issued from graphs, its own code runs: %s", index, why)
-
-
-def _forget_from(call: _Call, first: int) -> None:
-    """Layers `first` and on are recorded again, each behind the one before; that is none of their tries."""
-    for index in [index for index, layer in call.layers.items() if index >= first and layer is not None]:
-        del call.layers[index]
-        call.tries[index] -= 1
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -427,6 +430,7 @@ def _modes(device_type: str) -> tuple:
         _flash_kind(),
         *(getattr(settings, name, None) for name in PRECISIONS),
         *(getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in ATTENTIONS),
+        torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed(),
         *torch._C._get_sdp_priority_order(),
     )
 

@@ -70,6 +70,7 @@ class Recorded:
         into: what it gives.
         extras: what the layer returns behind the hidden states, all None; None itself where it returns no tuple.
         places: of the layer's parameters when it was recorded.
+        alters: it writes into what it is given.
         proofs: how often the graphs were compared with the layer's own code.
     """
 
@@ -84,6 +85,7 @@ class Recorded:
     out: torch.Tensor
     extras: tuple[None, ...] | None
     places: Places
+    alters: bool
     proofs: int = 0
     new: tuple[torch.Tensor, torch.Tensor] = field(init=False)  # K and V [B, H_kv, head_dim]
 
@@ -137,6 +139,7 @@ class Recording(TorchFunctionMode):
         Raises:
             NotRecorded: it does not call `update` and then attention, once and without a mask, or returns more.
         """
+        version = self._hidden._version
         try:
             with self:
                 self._begin(self._graphs[0])
@@ -152,7 +155,9 @@ class Recording(TorchFunctionMode):
             raise NotRecorded("it returns more than the hidden states")
         query, settings, attended = self._attention
         before, behind = self._graphs
-        return Recorded(self._hidden, before, query, *self._new, settings, attended, behind, first, extras, places)
+        alters = self._hidden._version != version
+        tensors = self._hidden, before, query, *self._new, settings, attended, behind, first
+        return Recorded(*tensors, extras, places, alters)
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
         """Stands for the cache's: nothing is written, and what it returns has the right shapes, and no values."""

@@ -295,8 +295,9 @@ def test_a_graph_does_what_was_recorded_on_the_same_addresses(device):
 def test_what_is_recorded_changes_nothing_until_it_is_replayed(device):
     """Neither what was there before."""
     source, graph = torch.ones(4, device=device.torch_device), device.graphs().new()
+    factor = torch.full((1,), 2.0, device=device.torch_device).expand(4)  # it may be read, and not be written
     graph.begin()
-    source.mul_(2)
+    source.mul_(factor)
     out = source + 1
     graph.end()
     device.synchronize()

@@ -1,4 +1,4 @@
-"""Where a tensor's addresses stand among a kernel's parameters."""
+"""What a step's kernels are called with: where a tensor's addresses stand, and how what it makes is handed on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 
 pytest.importorskip("cuda.bindings")
 
-from djinn_core.device.cudagraphs import relocated
+from djinn_core.device.cudagraphs import copied_by_kernel, relocated
+from djinn_core.errors import DeviceError
 
 
 def words_of(*values: int) -> np.ndarray:
@@ -50,3 +51,21 @@ def test_a_row_of_other_tensors_gets_its_own_addresses() -> None:
     columns, of, distances = relocated(words, mine)
     words[columns] = np.array([each.data_ptr() for each in yours], dtype=np.uint64)[of] + distances
     assert words.tolist() == [5, yours[1].data_ptr() + 8, yours[0].data_ptr()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.bool])
+def test_what_a_step_makes_is_copied_bit_for_bit(dtype) -> None:
+    bits = torch.randint(0, 2, (4, 3, 8), dtype=torch.uint8)
+    made = bits.to(torch.bool) if dtype is torch.bool else (bits * 255).view(dtype)
+    made = made.transpose(0, 1)
+    into = torch.empty_strided(made.shape, made.stride(), dtype=dtype)
+    copied_by_kernel(made, into)
+    assert torch.equal(into.contiguous().view(torch.uint8), made.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("made", [torch.zeros(2, 3), torch.zeros(4, 3, dtype=torch.int32), torch.zeros(4, 3).cdouble()])
+def test_what_does_not_fit_is_refused(made) -> None:
+    into = torch.zeros(4, 3, dtype=made.dtype if made.is_complex() else torch.float32)
+    with pytest.raises(DeviceError, match="a step made"):
+        copied_by_kernel(made, into)
+    assert not into.any()

@@ -6,6 +6,8 @@ import copy
 import gc
 import logging
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -186,7 +188,7 @@ def test_a_chain_that_fails_every_time_is_given_up(rig, monkeypatch, caplog) -> 
 
     monkeypatch.setattr(HostChain, "replay", failing)
     assert_goes_on_layer_by_layer(rig, caplog, "DeviceError: no launch", tokens=PROOFS + FAULTS)
-    assert len(calls) == FAULTS
+    assert len(calls) == FAULTS * LAYERS // PART
 
 
 def assert_goes_on_layer_by_layer(rig: Rig, caplog: pytest.LogCaptureFixture, why: str, tokens: int = 8) -> None:
@@ -196,8 +198,9 @@ def assert_goes_on_layer_by_layer(rig: Rig, caplog: pytest.LogCaptureFixture, wh
     with caplog.at_level(logging.WARNING, "djinn.graphs"):
         assert equal(speak(session, first, tokens), oracle.greedy(first, tokens))
     assert rig.graphs.recorded == LAYERS and rig.graphs.chained == 0
+    assert rig.graphs.unchained == {why: 0}
     assert [record.getMessage() for record in caplog.records] == [
-        f"layers go out one by one, each from its graphs: {why}"
+        f"from layer 0 on layers go out one by one, each from its graphs: {why}"
     ]
 
 
@@ -206,7 +209,7 @@ def test_a_launch_that_fails_now_and_then_costs_that_pass(rig, monkeypatch) -> N
 
     def failing(self, stream, key, step, changing, part):
         calls.append(key)
-        if len(calls) % FAULTS:
+        if len(calls) % 5:  # each part goes out now and then
             raise DeviceError("another thread waited for the whole device")
         plain(self, stream, key, step, changing, part)
 
@@ -266,12 +269,23 @@ def test_layers_that_attend_in_different_ways_go_one_by_one(rig, caplog) -> None
     assert_goes_on_layer_by_layer(rig, caplog, "its layers call attention in different ways")
 
 
+@contextmanager
+def reduced_math() -> Iterator[None]:
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(not before)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         lambda: sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]),
         lambda: sdpa_kernel([SDPBackend.MATH, *OTHERS], set_priority=True),
         lambda: torch.backends.cudnn.flags(enabled=False),
+        lambda: reduced_math(),
     ],
 )
 def test_a_switch_of_attention_is_noticed(rig, launches, settings) -> None:
@@ -295,17 +309,25 @@ class InPlace(nn.Module):
         return self.norm(hidden.mul_(self.scale))
 
 
+@pytest.mark.parametrize("scale", [1.0, 1.5])
 @pytest.mark.parametrize("changed", [(0,), (1,), (PART,), (PART + 1,), tuple(range(LAYERS))])
-def test_layers_that_change_their_input_give_what_they_gave(rig, launches, changed) -> None:
+def test_layers_that_change_their_input_go_one_by_one(rig, launches, changed, scale) -> None:
+    """Also where the change is none, as yet."""
     for index in changed:
         layer = rig.served.model.layers[index]
         layer.input_layernorm = InPlace(layer.input_layernorm)
+        layer.input_layernorm.scale.fill_(scale)
     rig.served.eval()
     rig.use_graphs()
     oracle, session = Oracle(rig.served), rig.open()
     first = session.forward(prompt())
-    assert equal(speak(session, first, 10), oracle.greedy(oracle.forward(prompt()), 10))
-    assert rig.graphs.recorded == LAYERS and launches
+    said, wanted = speak(session, first, 6), oracle.greedy(oracle.forward(prompt()), 6)
+    assert equal(said, wanted)
+    for index in changed:
+        rig.served.model.layers[index].input_layernorm.scale.fill_(2.0)
+    assert equal(speak(session, said[-1], 4), oracle.greedy(wanted[-1], 4))
+    assert rig.graphs.recorded == LAYERS and not rig.graphs.refused and not launches
+    assert rig.graphs.unchained == {"a layer writes into what the one before has returned": 0}
 
 
 def test_a_window_is_left_to_the_layers_one_by_one(make_rig, monkeypatch, launches) -> None:
@@ -339,13 +361,39 @@ def test_arguments_of_each_layers_own_end_it(rig, monkeypatch, caplog, replays) 
     replays.clear()
     assert equal([*said, *speak(session, said[-1], 1)], oracle.greedy(first, 13))
     assert len(replays) == 2 * LAYERS
-    [record] = caplog.records
-    assert "the decoder does something else between them" in record.getMessage()
+    assert rig.graphs.unchained == {"the decoder does something else between them": 0} and len(caplog.records) == 1
 
 
-@pytest.mark.parametrize("replaced", [(0,), (1, 2), (0, 1, 2, 3)])
+def test_a_part_that_never_comes_to_its_end_is_given_up_alone(rig, monkeypatch, replays, launches) -> None:
+    """The decoder hands on a copy behind one layer: equal, so that the proofs do not see it."""
+    plain = Control.after_layer
+
+    def after_layer(self: Control, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = plain(self, layer, hidden)
+        return hidden.clone() if layer == PART else hidden
+
+    monkeypatch.setattr(Control, "after_layer", after_layer)
+    oracle, session, logits = begun(rig)
+    said = speak(session, logits, FAULTS)
+    launches.clear()
+    replays.clear()
+    assert equal([*said, *speak(session, said[-1], 2)], oracle.greedy(logits, FAULTS + 2))
+    assert [first for _, first in launches] == [0, 0] and len(replays) == 2 * 2 * LAYERS
+    assert rig.graphs.unchained == {"the decoder does something else between them": PART}
+
+
+def test_other_kernels_behind_the_same_name_are_noticed(rig, monkeypatch, launches) -> None:
+    """As after `torch.nn.attention.activate_flash_attention_impl`."""
+    oracle, session, logits = begun(rig)
+    monkeypatch.setattr(graphs, "_flash_kind", lambda: "FA9")
+    launches.clear()
+    assert equal(speak(session, logits, 1), oracle.greedy(logits, 1))
+    assert not launches
+
+
+@pytest.mark.parametrize("replaced", [(0,), (1, 2), (0, 1, 2, 3), (1,) * 5])
 def test_layers_are_chained_again_soon_after_parameters_were_replaced(rig, launches, replaced) -> None:
-    """Each once: none of them may lose its graphs because its neighbours were recorded again."""
+    """Once or again and again, and none of them loses its graphs because its neighbours were recorded again."""
     oracle, session, logits = begun(rig)
     for index in replaced:
         weight = rig.served.model.layers[index].mlp.up_proj.weight
@@ -379,14 +427,29 @@ def test_where_one_layer_has_no_graphs_nobody_tries_to_chain_them(rig, caplog, l
     with caplog.at_level(logging.WARNING, "djinn.graphs"):
         assert equal(speak(session, first, 6), oracle.greedy(first, 6))
     assert rig.graphs.recorded == LAYERS - 1 and not launches
-    assert [record.getMessage() for record in caplog.records][1:] == [
-        "layers go out one by one, each from its graphs: not all of them have graphs"
-    ]
+    assert rig.graphs.unchained == {"not all of them have graphs": 0} and len(caplog.records) == 2
+
+
+def test_layers_that_all_move_with_every_token_are_given_up_together(rig, monkeypatch) -> None:
+    """And not one after the other, each recorded again for the sake of all before."""
+    records, plain = [], graphs.LayerGraphs._record
+    monkeypatch.setattr(
+        graphs.LayerGraphs, "_record", lambda self, *given: records.append(given[0]) or plain(self, *given)
+    )
+    oracle, session, logits = begun(rig)
+    records.clear()
+    for _ in range(8):
+        for layer in rig.served.model.layers:
+            layer.mlp.up_proj.weight.data = layer.mlp.up_proj.weight.data.clone()
+        wanted = oracle.greedy(logits, 1)
+        assert equal(speak(session, logits, 1), wanted)
+        logits = wanted[0]
+    assert len(records) == graphs.TRIES * LAYERS and rig.graphs.recorded == 0
 
 
 def test_closing_lets_go_of_the_layers(rig) -> None:
     _, session, _ = begun(rig)
-    watched = weakref.ref(rig.graphs._looks[0])
+    watched = weakref.ref(rig.graphs._parts[0][1])
     session.close()
     rig.graphs.close()
     gc.collect()
