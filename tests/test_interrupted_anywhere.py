@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from djinn_core.models.graphs import PROOFS
 from djinn_core.runtime import Runtime
 from djinn_core.sessions import Session
 from djinn_core.sessions.snapshot import load_session
 from tests.ctrl_c import Lines
-from tests.sessions.oracle import Oracle, prompt
+from tests.sessions.oracle import Oracle, equal, prompt, speak
 from tests.sessions.rigs import LAYERS, Rig, make_rig
 from tests.test_runtime import IDS, LLAMA, stock
 
@@ -122,6 +123,45 @@ def test_anywhere_in_the_life_of_sessions(life: Callable[..., None], tmp_path: P
     for at in draw.sample(range(1, count), PLACES):
         (tmp_path / str(at)).mkdir()
         lived(life, tmp_path / str(at), at)
+
+
+def test_anywhere_while_layers_are_recorded_proven_and_chained(tmp_path: Path, monkeypatch, long) -> None:
+    """Whoever speaks afterwards says the same, from the same graphs."""
+    monkeypatch.setattr("djinn_core.models.graphs.PART", 2)
+    tokens = 2 * PROOFS + 2
+
+    def life(at: int, folder: Path) -> Lines:
+        folder.mkdir()
+        rig, lines = make_rig(folder, graphs=True), Lines(at)
+        first = Oracle(rig.stock).forward(prompt())
+        session = rig.open()
+        session.forward(prompt())
+        try:
+            with lines.watched():
+                speak(session, first, tokens)
+        except KeyboardInterrupt:
+            assert lines.where
+        session.close()
+        assert torch.ones(1).add(1).item() == 2, f"a recording was left open by Ctrl-C at {lines.where}"
+        assert equal(speak_all(rig, first, tokens), spoken), f"other answers, after Ctrl-C at {lines.where}"
+        assert rig.graphs.chained == 1 and not rig.graphs.refused and not rig.graphs.unchained, lines.where
+        rig.close()
+        return lines
+
+    rig = make_rig(tmp_path, graphs=False)
+    oracle = Oracle(rig.stock)
+    spoken = oracle.greedy(oracle.forward(prompt()), tokens)
+    rig.close()
+    count = life(0, tmp_path / "all").count
+    for at in random.Random(long.seed).sample(range(1, count), PLACES):
+        life(at, tmp_path / str(at))
+
+
+def speak_all(rig: Rig, first: torch.Tensor, tokens: int) -> list[torch.Tensor]:
+    """What a session says to the prompt."""
+    with rig.open() as session:
+        session.forward(prompt())
+        return speak(session, first, tokens)
 
 
 def test_anywhere_while_a_model_is_loaded_and_streams(long) -> None:
