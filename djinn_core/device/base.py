@@ -111,7 +111,7 @@ class Chain(Protocol):
         changing: Sequence[torch.Tensor],
         part: range,
     ) -> None:
-        """Do the rows of `part`, in the order of `stream`. `key` has been recorded; `changing` is of all rows.
+        """Do the rows of `part`, in the order of `stream`. `key` has been recorded; `changing` is of these rows.
 
         Raises:
             DeviceError: nothing has been issued.

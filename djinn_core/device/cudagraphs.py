@@ -249,7 +249,7 @@ class CudaChain:
         if linked is None:
             linked = _Linked(self._rows[rows], found, self._samples[found.kernels].graph)
             self._linked[found.kernels, part] = linked
-        self._addresses[rows, 0] = list(map(torch.Tensor.data_ptr, changing[rows]))
+        self._addresses[rows, 0] = list(map(torch.Tensor.data_ptr, changing))
         linked.launch(found, self._addresses[rows], stream)
 
     def _recorded(self, step: Callable[[int], torch.Tensor], changing: torch.Tensor) -> _Step:

@@ -44,13 +44,13 @@ class HostGraph(TorchDispatchMode):
         kwargs = kwargs or {}
         if not UNKNOWN.isdisjoint(func.tags):
             raise RuntimeError(f"{func} needs a value from the device, and nothing is done while a graph is recorded")
-        before = [(tensor, tensor.clone()) for tensor in _written(func, args, kwargs)]
+        there = [tensor for tensor in _written(func, args, kwargs) if _memory(tensor) not in self._made]
+        before = [(tensor, tensor.clone()) for tensor in there]
         out = func(*args, **kwargs)
         read = {_memory(tensor) for tensor in _tensors((args, kwargs))}
         if func._schema.is_mutable:
-            for tensor, value in before:
-                if _memory(tensor) not in self._made:
-                    tensor.copy_(value)  # it was there before, and nothing is done while a graph is recorded
+            for tensor, value in before:  # nothing is done to what was there while a graph is recorded
+                tensor.copy_(value)
             self._steps.append((func, args, kwargs, []))
         elif read.isdisjoint(map(_memory, _tensors(out))):  # else it is a view
             self._steps.append((func, args, kwargs, _tensors(out)))

@@ -68,7 +68,8 @@ class Chained:
         first = self.layers[part.start]
         if hidden is not first.hidden:
             first.hidden.copy_(hidden)
-        self._chain.replay(stream, *self._step(cache, 0), [layer.span for layer in cache.layers], part)
+        spans = [layer.span for layer in cache.layers[part.start : part.stop]]
+        self._chain.replay(stream, *self._step(cache, 0), spans, part)
 
     def _step(self, cache: Cache, ahead: int) -> tuple[int, Callable[[int], torch.Tensor]]:
         """The length that a pass begins at, `ahead` tokens behind this one; and what lies between a layer's graphs."""

@@ -86,9 +86,8 @@ class _Claims:
     """What one launch gave for each layer: its output, K and V; those that are still to be compared."""
 
     call: _Call
-    part: range
     chained: Chained
-    kind: Hashable
+    kind: tuple[int, Hashable]  # as `Chained.proofs` counts it: the first layer, and what is in between
     given: dict[int, tuple[torch.Tensor, ...]]
 
 
@@ -170,7 +169,7 @@ class LayerGraphs:
         original: Callable[..., Any],
         args: tuple,
         kwargs: dict,
-        undisturbed: Callable[[int, int], bool] = lambda first, last: False,
+        undisturbed: Callable[[int, int], bool],
     ) -> Any:
         """`original(*args, **kwargs)` of layer `index`, from its graphs if it can be.
 
@@ -252,7 +251,7 @@ class LayerGraphs:
             else:
                 layers = {index: (chained.layers[index].out, *call.cache.layers[index].written(1)) for index in part}
                 given = {index: tuple(map(torch.clone, layer)) for index, layer in layers.items()}
-                self._claims = _Claims(call, part, chained, kind, given)
+                self._claims = _Claims(call, chained, kind, given)
         except NotRecorded as reason:
             for start in self._parts:
                 self._fail(call, start, str(reason), FAULTS)
@@ -261,9 +260,9 @@ class LayerGraphs:
 
     def _put_together(self, call: _Call) -> Chained | None:
         """None as long as a layer has no graphs that were proven, or does not read what the one before writes."""
-        layers = [call.layers.get(index) for index in range(len(self._watched))]
         if None in call.layers.values():
             raise NotRecorded("not all of them have graphs")
+        layers = [call.layers.get(index) for index in range(len(self._watched))]
         if any(layer is None or layer.proofs < PROOFS for layer in layers):
             return None
         apart = [index for index in range(1, len(layers)) if layers[index].hidden is not layers[index - 1].out]
@@ -282,7 +281,7 @@ class LayerGraphs:
             self._claims = None  # one of them ran its own code meanwhile
         elif not all(map(_same, given, mine)):
             self._claims = None
-            self._fail(claims.call, claims.part.start, "together they give other values than one by one", FAULTS)
+            self._fail(claims.call, claims.kind[0], "together they give other values than one by one", FAULTS)
         elif not claims.given:
             self._claims = None
             claims.chained.proofs[claims.kind] += 1

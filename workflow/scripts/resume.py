@@ -118,7 +118,7 @@ def make_bench(exp: harness.Experiment, runtime: djinn.Runtime, max_length: int)
 
 
 def note_graphs(exp: harness.Experiment, bench: Bench) -> None:
-    """Which layers' one-token passes came from graphs, whether several in one launch, and why others did not."""
+    """Which layers' passes came from graphs, if several in a launch, and why others did not; nothing without graphs."""
     graphs = bench.served.djinn.graphs
     if graphs is not None:
         exp.config["graphs_recorded"] = graphs.recorded
