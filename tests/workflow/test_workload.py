@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import threading
 import time
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 
 from workflow.scripts.pressure import record_times
-from workflow.scripts.pressure_systems.workload import Callers, TurnTimes, run_turns
+from workflow.scripts.pressure_systems.workload import Callers, TurnTimes, run_turns, spawn_all
 
 
 class Guest:
@@ -58,6 +59,38 @@ def test_callers_are_the_same_threads_all_along() -> None:
             callers.together(lambda threads=threads: threads.add(threading.get_ident()))
             seen.append(threads)
     assert all(threads == seen[0] and len(threads) == 2 for threads in seen)
+
+
+def test_callers_open_sessions_by_turns_and_in_order() -> None:
+    """Each has worked lately when turns begin, and nobody arrives beside another."""
+    arrived: list[tuple[int, int]] = []
+    within = threading.Lock()
+
+    def arrive(number: int) -> None:
+        assert within.acquire(blocking=False)
+        time.sleep(0.005)
+        arrived.append((number, threading.get_ident()))
+        within.release()
+
+    with Callers(2) as callers:
+        spawn_all(callers, range(10), arrive)
+    assert [number for number, _ in arrived] == list(range(10))
+    who = [thread for _, thread in arrived][1:]  # the second one may come after the first has gone
+    assert len(set(who[:2])) == 2 and all(before != after for before, after in pairwise(who))
+
+
+def test_where_one_cannot_arrive_nobody_else_does() -> None:
+    arrived: list[int] = []
+
+    def arrive(number: int) -> None:
+        time.sleep(0.005)
+        if number == 3:
+            raise RuntimeError("no room")
+        arrived.append(number)
+
+    with Callers(2) as callers, pytest.raises(RuntimeError, match="no room"):
+        spawn_all(callers, range(10), arrive)
+    assert arrived == [0, 1, 2]
 
 
 def test_a_callers_failure_is_the_experiments() -> None:

@@ -32,6 +32,7 @@ from workflow.scripts.pressure_systems.workload import (
     Workload,
     reference_tokens,
     run_turns,
+    spawn_all,
 )
 from workflow.scripts.resume import make_bench
 from workflow.scripts.resume_methods.base import Bench
@@ -147,16 +148,18 @@ def run_seed(
     bench.device.synchronize()
     begin_s = time.perf_counter()
     with Callers(1, exp.config["caller_cores"]) as callers, MemoryTrace(exp, seed=seed, method=method) as trace:
+
+        def arrive(number: int) -> None:
+            spawn_s = time.perf_counter()
+            trace.arriving(number + 1)
+            tenant = make(number)
+            tenant.spawn(workload.prompt(number, bench.stock))
+            tenants.append(tenant)
+            bench.device.synchronize()
+            exp.result.sample("spawn_ms", (time.perf_counter() - spawn_s) * 1e3, "ms", **dims)
+
         try:
-            for number in exp.progress.track(range(workload.sessions), f"{method}: spawn"):
-                spawn_s = time.perf_counter()
-                trace.arriving(number + 1)
-                tenant = make(number)
-                tenant.spawn(workload.prompt(number, bench.stock))
-                tenants.append(tenant)
-                bench.device.synchronize()
-                spawn_ms = (time.perf_counter() - spawn_s) * 1e3
-                exp.result.sample("spawn_ms", spawn_ms, "ms", **dims)
+            spawn_all(callers, exp.progress.track(range(workload.sessions), f"{method}: spawn"), arrive)
             trace.phase = "resume"
             take_rounds(exp, callers, workload, tenants, dims)
         except torch.OutOfMemoryError as error:

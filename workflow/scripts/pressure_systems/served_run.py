@@ -28,7 +28,7 @@ from workflow.scripts import pressure
 from workflow.scripts.pressure_systems import swaps
 from workflow.scripts.pressure_systems.served import ServedTenant
 from workflow.scripts.pressure_systems.trace import MemoryTrace
-from workflow.scripts.pressure_systems.workload import Callers, Workload
+from workflow.scripts.pressure_systems.workload import Callers, Workload, spawn_all
 from workflow.scripts.resume import make_bench, note_graphs
 from workflow.scripts.resume_methods.base import Bench
 
@@ -137,7 +137,7 @@ def take_all(
     bench.device.synchronize()
     begin_s = time.perf_counter()
     with trace:
-        tenants = spawn_all(exp, bench, workload, trace, dims)
+        tenants = open_all(exp, callers, bench, workload, trace, dims)
         trace.phase = "resume"
         pressure.take_rounds(exp, callers, workload, tenants, dims)
         bench.device.synchronize()
@@ -183,18 +183,26 @@ def settle(tenants: list[ServedTenant]) -> None:
         tenant.session.wait_until("clean", RELEASE_TIMEOUT_S)
 
 
-def spawn_all(
-    exp: harness.Experiment, bench: Bench, workload: Workload, trace: MemoryTrace, dims: dict[str, Any]
+def open_all(
+    exp: harness.Experiment,
+    callers: Callers,
+    bench: Bench,
+    workload: Workload,
+    trace: MemoryTrace,
+    dims: dict[str, Any],
 ) -> list[ServedTenant]:
     """Everyone prefilled and paused. The device is not waited for: write-backs run beside the next prefill."""
-    tenants = []
-    for number in exp.progress.track(range(workload.sessions), f"seed {dims['seed']}: spawn"):
+    tenants: list[ServedTenant] = []
+
+    def arrive(number: int) -> None:
         begin_s = time.perf_counter()
         trace.arriving(number + 1)
         tenant = ServedTenant(number, workload, bench)
         tenant.spawn(workload.prompt(number, bench.stock))
         tenants.append(tenant)
         exp.result.sample("spawn_ms", (time.perf_counter() - begin_s) * 1e3, "ms", **dims)
+
+    spawn_all(callers, exp.progress.track(range(workload.sessions), f"seed {dims['seed']}: spawn"), arrive)
     return tenants
 
 
@@ -298,11 +306,14 @@ def think(
     dims = {"seed": settings["seed"], "method": "djinn", "variant": variant}
     tenants = [ServedTenant(number, workload, bench) for number in range(workload.sessions)]
     due: list[tuple[float, int, int]] = []
-    for tenant in exp.progress.track(tenants, f"{variant}: spawn"):
-        pause_s = float(draws[0, tenant.number])
+
+    def arrive(number: int) -> None:
+        tenant, pause_s = tenants[number], float(draws[0, number])
         tenant.expected_resume_s = pause_s if hinted else None
-        tenant.spawn(workload.prompt(tenant.number, bench.stock))
-        heapq.heappush(due, (time.monotonic() + pause_s, 0, tenant.number))
+        tenant.spawn(workload.prompt(number, bench.stock))
+        heapq.heappush(due, (time.monotonic() + pause_s, 0, number))
+
+    spawn_all(callers, exp.progress.track(range(workload.sessions), f"{variant}: spawn"), arrive)
     condition = threading.Condition()
     busy = 0
 

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from djinn_core.turn import Turn
 from workflow.scripts.resume_methods.base import Bench
 
 
@@ -156,6 +157,31 @@ class Callers:
 def _keep_to(cores: int | None) -> None:
     if cores is not None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-cores:])  # of this thread
+
+
+def spawn_all(callers: Callers, arrivals: Iterable[int], arrive: Callable[[int], None]) -> None:
+    """Call `arrive` for each of `arrivals`, in order and one at a time, the callers by turns.
+
+    Whoever takes turns later has opened sessions before, as in a server. A thread that slept meanwhile would begin with
+    cold caches, on a core that has slept too. Where one arrival fails, nobody else arrives.
+    """
+    turn, pending = Turn(), iter(arrivals)
+
+    def work() -> None:
+        nonlocal pending
+        with torch.inference_mode():
+            while True:
+                with turn:
+                    number = next(pending, None)
+                    if number is None:
+                        return
+                    try:
+                        arrive(number)
+                    except BaseException:
+                        pending = iter(())
+                        raise
+
+    callers.together(work)
 
 
 def run_turns(
