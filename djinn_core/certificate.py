@@ -96,7 +96,7 @@ def defaults(device_name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         "disk_path": None,
         "thresholds": dict(THRESHOLDS),
     }
-    limits = {"copies": 10, "copy_bytes": 1 << 24 if small else 1 << 30}
+    limits = {"copies": 10 if small else 40, "copy_bytes": 1 << 24 if small else 1 << 30}
     return certify_settings, {"pinning": "optional" if small else "required", "limits": limits}
 
 

@@ -1,16 +1,13 @@
 """Write-backs that are wanted: at a pause, before a release, and when someone waits for one.
 
-A thread does them in order, or whoever waits for one does it himself; each is done once. Those of a pause that gives
-nothing up let `LET_GO_S` go by first: its caller often resumes another session right then, and a resume's first grant
-would wait for the copies. The thread also settles boundaries: their device copies go when the host has them.
+A thread does them in order, or whoever waits for one does it himself; each is done once. The thread also settles
+boundaries: their device copies go when the host has them.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-import time
-from collections import deque
 
 from djinn_core.device.base import Device
 from djinn_core.errors import CapacityError
@@ -26,9 +23,6 @@ from djinn_core.sessions.workers import told
 from djinn_core.sessions.writeback import write_back
 
 WRITE_BACK_REMEDY = "on the device; resume and pause it to try again"
-LET_GO_S = 0.005  # who pauses one session takes up another within a few milliseconds, or not at once
-
-Item = Holding | Boundary | None
 
 
 class Writer(Lineages):
@@ -38,8 +32,7 @@ class Writer(Lineages):
         self, device: Device, pool: ExtentPool, host: HostTier, disk: DiskTier | None, policy: Policy | None
     ) -> None:
         super().__init__(device, pool, host, disk, policy)
-        self._out: queue.SimpleQueue[Item] = queue.SimpleQueue()
-        self._later: deque[tuple[float, Holding]] = deque()  # the thread's own: from when on it is that one's turn
+        self._out: queue.SimpleQueue[Holding | Boundary | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._work_out, name="djinn-writer", daemon=True)
         self._writer.start()
 
@@ -69,29 +62,12 @@ class Writer(Lineages):
         self._out.put(boundary)
 
     def _work_out(self) -> None:
-        while (item := self._next()) is not None:
+        while (item := self._out.get()) is not None:
             self.way.give()
             if isinstance(item, Boundary):
                 self._settle_boundary(item)
             else:
                 self._drain(item)
-
-    def _next(self) -> Item:
-        """What is to be done now, and a plain pause once its moment has gone by; None ends the thread."""
-        while True:
-            left_s = self._later[0][0] - time.monotonic() if self._later else None
-            if left_s is not None and left_s <= 0:
-                return self._later.popleft()[1]
-            try:
-                item = self._out.get(timeout=left_s)
-            except queue.Empty:
-                continue
-            if item is None and self._later:
-                self._out.put(None)
-                return self._later.popleft()[1]
-            if not isinstance(item, Holding) or item.release:
-                return item
-            self._later.append((time.monotonic() + LET_GO_S, item))
 
     def _settle_boundary(self, boundary: Boundary) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from itertools import pairwise
@@ -73,10 +74,27 @@ def test_callers_open_sessions_by_turns_and_in_order() -> None:
         within.release()
 
     with Callers(2) as callers:
-        spawn_all(callers, range(10), arrive)
-    assert [number for number, _ in arrived] == list(range(10))
-    who = [thread for _, thread in arrived][1:]  # the second one may come after the first has gone
-    assert len(set(who[:2])) == 2 and all(before != after for before, after in pairwise(who))
+        spawn_all(callers, range(40), arrive)
+    assert [number for number, _ in arrived] == list(range(40))
+    who = [thread for _, thread in arrived][10:]  # the second one may wake later than the first
+    assert len(set(who)) == 2 and all(before != after for before, after in pairwise(who))
+
+
+def test_an_interrupt_while_sessions_arrive_lets_nobody_else_arrive() -> None:
+    arrived: list[int] = []
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+
+    def arrive(number: int) -> None:
+        time.sleep(0.05)
+        arrived.append(number)
+
+    try:
+        with Callers(2) as callers, pytest.raises(KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            spawn_all(callers, range(100), arrive)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert 0 < len(arrived) < 50
 
 
 def test_where_one_cannot_arrive_nobody_else_does() -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from workflow.lib.claimfiles import cases_of, files_of, filled, systems_of
-from workflow.lib.results import COUNTED, DRIFTED, NOT_APPLICABLE, ResultError, assert_comparable
+from workflow.lib.results import DRIFTED, NOT_APPLICABLE, ResultError, assert_comparable
 from workflow.lib.stats import seed_of
 from workflow.plots.load import Certificate, ResultFile, read
 
@@ -44,6 +44,7 @@ STATS = {
     "max": lambda values: np.max(values, axis=-1),
 }
 EXTREMES = ("min", "max")
+COUNTED = {"sessions", "bytes", "bytes/session"}  # units of what no link's speed changes
 RESAMPLES = 1000
 
 
@@ -153,8 +154,6 @@ class Evaluator:
         values = self.rows(node)["value"].to_numpy(float)
         if not len(values):
             where = "".join(f", {name} {value}" for name, value in (node.get("where") or {}).items())
-            if self.file(node["system"]).has_drifted(node["metric"]):
-                raise Undecided(INCONCLUSIVE, f"{DRIFTED}, in each run that has {node['metric']}{where}")
             raise Undecided(NOT_RUN, f"{node['system']}.json has no sample of {node['metric']}{where}")
         return values
 
@@ -171,18 +170,9 @@ class Evaluator:
         return top / bottom
 
     def paired(self, node: Mapping[str, Any]) -> float | np.ndarray:
-        """The median of the ratios of pairs: rows i of two interleaved methods were taken one after the other.
-
-        Where both have seeds, those of the seeds that both have.
-        """
-        for item in node["ratio"]:
-            self.samples(item)
-        tables = [self.rows(item) for item in node["ratio"]]
-        if all("seed" in table.columns for table in tables):
-            shared = set.intersection(*(set(table["seed"]) for table in tables))
-            tables = [table[table["seed"].isin(shared)] for table in tables]
-        top, bottom = (table["value"].to_numpy(float) for table in tables)
-        if len(top) != len(bottom) or not len(top):
+        """The median of the ratios of pairs: rows i of two interleaved methods were taken one after the other."""
+        top, bottom = (self.samples(item) for item in node["ratio"])
+        if len(top) != len(bottom):
             raise Undecided(INCONCLUSIVE, f"{len(top)} samples and {len(bottom)} are no pairs")
         return np.median(self.draw(self.quotient(top, bottom)), axis=-1)
 

@@ -62,7 +62,6 @@ class Experiment:
         device: ``"cuda:0"`` or ``"cpu"``.
         baseline_bytes: device memory in use before this process touched the device; None without a GPU.
         progress: bars on a terminal, quiet lines in a log.
-        measure: how the link is measured.
     """
 
     result: Result
@@ -73,15 +72,10 @@ class Experiment:
     progress: Progress
     out: Path
     log: logging.Logger = field(default=log)
-    measure: Measure = limits.measure
 
     @property
     def is_gpu(self) -> bool:
         return self.device != "cpu"
-
-    def link_rates(self) -> dict[str, float | None]:
-        """The link's four rates, measured now."""
-        return self.measure(self.device, self.config["machine"])
 
     def memory_sampler(self, hz: float = 20.0) -> MemorySampler:
         """A sampler of this process's memory, host and device, in a process of its own (a context manager)."""
@@ -207,7 +201,7 @@ def experiment(
         equal_conditions(config)
         before = measure(device, config["machine"])
         result.limits = {"before": before}
-        exp = Experiment(result, config, settings, device, baseline_bytes, progress, args.out, measure=measure)
+        exp = Experiment(result, config, settings, device, baseline_bytes, progress, args.out)
         began_s = time.monotonic()
         try:
             yield exp
@@ -228,7 +222,7 @@ def experiment(
         took_s = time.monotonic() - began_s
         give_back_memory(device)
         after = measure(device, config["machine"])
-        result.limits |= limits.bracket(experiment, system, before, after, config["machine"])
+        result.limits = limits.bracket(experiment, system, before, after, config["machine"])
         result.machine["state"]["after"] = machine.state(uuid)
     judge(result)
     with written():
@@ -334,17 +328,14 @@ def give_back_memory(device: str) -> None:
 
 
 def judge(result: Result) -> None:
-    """Foreign processes, and drift of a rate that the experiment's ratios use, make a measurement inconclusive.
-
-    Where the runs were looked at one by one, they have been judged.
-    """
+    """Foreign processes, and drift of a rate that the experiment's ratios use, make a measurement inconclusive."""
     if result.machine["state"]["after"]["foreign_processes"]:
         reason = foreign_reason(result, "after")
         if result.status == "out_of_memory":  # whose memory it was cannot be said
             result.status = "inconclusive"
         result.fail("inconclusive", reason)
     link = result.limits
-    drifted = {} if link.get("runs") else limits.moved(link)
+    drifted = limits.moved(link)
     if link["drift_decides"] and drifted:
         by = ", ".join(f"{name} by {share:.2%}" for name, share in drifted.items())
         allowed = f"{link['drift_allowed']:.0%} is allowed"

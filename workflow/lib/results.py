@@ -1,8 +1,7 @@
 """Result files: one experiment, one system, one file, checked by a schema and moved into place in one step.
 
-A result keeps every sample. Warm-ups are flagged, and so is what was timed while the link drifted; the summary is
-computed from the others when the file is written. Figures and claims read these files and nothing else, so this module
-imports no torch.
+A result keeps every sample, warm-ups included and flagged; the summary is computed from the others when the file
+is written. Figures and claims read these files and nothing else, so this module imports no torch.
 
 Not taken: a results database. Files can be read, compared and published one by one.
 """
@@ -14,7 +13,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -28,10 +27,9 @@ SCHEMA = "djinn-result/1"
 SCHEMAS = Path(__file__).resolve().parents[1] / "schemas"
 NOT_APPLICABLE = "not_applicable"
 DRIFTED = "the link drifted around the measurement"  # so begins the reason of a result whose only fault it is
-COUNTED = frozenset({"sessions", "bytes", "bytes/session"})  # units of what no link's speed changes
 # from best to worst: an outcome is never replaced by a better one
 STATUSES = ("ok", "inconclusive", "unsupported", "out_of_memory", "failed")
-SAMPLE_FIELDS = frozenset({"metric", "value", "unit", "warmup", "drifted"})
+SAMPLE_FIELDS = frozenset({"metric", "value", "unit", "warmup"})
 # dimensions that number the samples of one quantity: kept in the samples, not a group of their own in the summary
 INDEX_DIMENSIONS = frozenset({"repeat", "time_s"})
 
@@ -136,16 +134,11 @@ class Result:
         write_json(path, document)
 
 
-def is_judged(sample: Mapping[str, Any]) -> bool:
-    """Whether summaries, figures and claims take this sample."""
-    return not (sample.get("warmup") or sample.get("drifted"))
-
-
 def summary_of(samples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each metric and set of dimensions, of the samples that are judged, in order of first appearance."""
+    """One row for each metric and set of dimensions, warm-ups left out, in order of first appearance."""
     groups: dict[str, tuple[dict[str, Any], list[float]]] = {}
     for sample in samples:
-        if not is_judged(sample):
+        if sample["warmup"]:
             continue
         key = {name: value for name, value in sample.items() if name not in INDEX_DIMENSIONS | {"value", "warmup"}}
         label = json.dumps(key, sort_keys=True)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from workflow.lib.results import ResultError, assert_comparable, is_judged, read_result
+from workflow.lib.results import ResultError, assert_comparable, read_result
 from workflow.lib.stats import summarise
 
 # the name under which a file's own rows stand in the dimension `method`, where it is not the system's
@@ -70,13 +70,9 @@ class ResultFile:
 
     @cached_property
     def samples(self) -> pd.DataFrame:
-        """The measured rows, without warm-ups and what was timed while the link drifted."""
-        rows = pd.DataFrame([row for row in self.data["samples"] if is_judged(row)])
+        """The measured rows, warm-ups left out."""
+        rows = pd.DataFrame([row for row in self.data["samples"] if not row.get("warmup", False)])
         return rows if len(rows) else pd.DataFrame(columns=list(IDENTITY))
-
-    def has_drifted(self, metric: str) -> bool:
-        """Whether the link drifted around a run that has this metric."""
-        return any(row["metric"] == metric and row.get("drifted") for row in self.data["samples"])
 
     def select(self, metric: str, where: Mapping[str, Any] | None = None) -> pd.DataFrame:
         """The samples of a metric whose dimensions are those of `where`, in the order they were measured.

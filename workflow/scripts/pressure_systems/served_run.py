@@ -19,10 +19,7 @@ import numpy as np
 import torch
 
 import djinn_core as djinn
-from djinn_core.device.base import Event
-from djinn_core.sessions.pagerevents import PagerEvent
 from workflow.lib import harness
-from workflow.lib.linkruns import LinkRuns
 from workflow.lib.results import NOT_APPLICABLE
 from workflow.scripts import pressure
 from workflow.scripts.pressure_systems import swaps
@@ -33,7 +30,6 @@ from workflow.scripts.resume import make_bench, note_graphs
 from workflow.scripts.resume_methods.base import Bench
 
 RELEASE_TIMEOUT_S = 60.0
-CALM_SEEDS = 3  # with fewer whose link stood still nothing is said of the spread
 PREPARED_SHARE = 0.98  # of the host budget; slabs are whole units, so not quite all of it can be asked for
 
 
@@ -65,30 +61,22 @@ def run(exp: harness.Experiment, capped: bool, wanted: list[list[int]]) -> None:
         exp.config["host_pinned"] = runtime.host.pinned  # sessions' memory, too, is there by now
         warm_up(bench, runtime, workload)
         callers.together(lambda: warm_up(bench, runtime, workload))
-        logs: list[tuple[str, list[PagerEvent]]] = []
+        logs: list[tuple[str, list[Any]]] = []
         try:
-            with LinkRuns(exp, min(CALM_SEEDS, len(config["seeds"]))) as link:
-                for number, seed in enumerate(config["seeds"]):
-                    with link.run(seed=seed) as around:
-                        if paired and number % 2 == 0:
-                            run_uncapped(exp, callers, bench, runtime, workload, seed, wanted)
-                        origin, events = run_seed(exp, callers, bench, runtime, workload, seed, capped, wanted)
-                        logs.append((f"seed {seed}", events))
-                        if paired and number % 2:
-                            run_uncapped(exp, callers, bench, runtime, workload, seed, wanted)
-                        if capped:
-                            uncontended(exp, bench, runtime, workload, number)
-                        swaps.record(exp, events, origin, {"seed": seed, "method": "djinn"}, around())
-                        if capped:
-                            check_evicted(exp, seed)
+            for number, seed in enumerate(config["seeds"]):
+                if paired and number % 2 == 0:
+                    run_uncapped(exp, callers, bench, runtime, workload, seed, wanted)
+                logs.append((f"seed {seed}", run_seed(exp, callers, bench, runtime, workload, seed, capped, wanted)))
+                if paired and number % 2:
+                    run_uncapped(exp, callers, bench, runtime, workload, seed, wanted)
+                if capped:
+                    uncontended(exp, bench, runtime, workload, number)
         finally:
             if capped:
                 swaps.write_log(exp.out.parent / swaps.LOG, logs)
         if capped:
-            with LinkRuns(exp, 0) as link:
-                for hinted in (False, True):
-                    with link.run(variant=variant_of(hinted)):
-                        think(exp, callers, bench, runtime, workload, hinted, wanted)
+            for hinted in (False, True):
+                think(exp, callers, bench, runtime, workload, hinted, wanted)
         note_graphs(exp, bench)
 
 
@@ -155,8 +143,8 @@ def run_seed(
     seed: int,
     capped: bool,
     wanted: list[list[int]],
-) -> tuple[Event, list[PagerEvent]]:
-    """`take_all` of one seed, and what the samples say of it; returns the pager's events, and one before them."""
+) -> list[Any]:
+    """`take_all` of one seed, and what the samples say of it; returns the pager's events."""
     dims = {"seed": seed, "method": "djinn"}
     runtime.events.clear()
     runtime.pool.trim()
@@ -171,10 +159,12 @@ def run_seed(
     exp.result.sample("completed_sessions", complete, "sessions", **dims)
     exp.result.sample("sessions_at_cap", len(tenants), "sessions", **dims)
     pressure.check_tokens(exp, f"tokens_equal_seed_{seed}", tenants, wanted)
+    swaps.record(exp, events, origin, dims)
     if capped:
         check_cap(exp, trace, seed)
+        check_evicted(exp, seed)
     close_all(tenants)
-    return origin, events
+    return events
 
 
 def settle(tenants: list[ServedTenant]) -> None:
@@ -284,10 +274,6 @@ def uncontended(exp: harness.Experiment, bench: Bench, runtime: djinn.Runtime, w
     tenant.close()
 
 
-def variant_of(hinted: bool) -> str:
-    return "think_hinted" if hinted else "think"
-
-
 def think(
     exp: harness.Experiment,
     callers: Callers,
@@ -298,7 +284,7 @@ def think(
     wanted: list[list[int]],
 ) -> None:
     """Sessions think between turns, for seeded log-normal times; who is told when, finds its state resident."""
-    variant = variant_of(hinted)
+    variant = "think_hinted" if hinted else "think"
     settings = exp.config["think"]
     draws = np.random.default_rng(settings["seed"]).lognormal(
         np.log(settings["median_s"]), settings["sigma"], (workload.rounds, workload.sessions)

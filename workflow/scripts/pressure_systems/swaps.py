@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,8 @@ Interval = tuple[float, float]
 LOG = "pressure.log"  # beside the results
 
 
-def record(
-    exp: Experiment,
-    events: Sequence[PagerEvent],
-    origin: Event,
-    dims: dict[str, Any],
-    rates: Mapping[str, float | None],
-) -> None:
-    """Samples of every swap and eviction, against the link's `rates` around them.
-
-    `origin` was recorded, with timing, before any of them.
-    """
+def record(exp: Experiment, events: Sequence[PagerEvent], origin: Event, dims: dict[str, Any]) -> None:
+    """Samples of every swap and eviction. `origin` was recorded, with timing, before any of them."""
     moving: dict[str, list[Interval]] = {"swap_in": [], "swap_out": []}
     moved_bytes = 0
     for event in events:
@@ -44,6 +35,7 @@ def record(
     exp.result.sample("swap_in_alone_ms", alone_in, "ms", **dims)
     exp.result.sample("swap_out_alone_ms", alone_out, "ms", **dims)
     exp.result.sample("swap_both_ms", both, "ms", **dims)
+    rates = exp.result.limits["before"]
     possible = alone_in * rates["h2d_gbps"] + alone_out * rates["d2h_gbps"] + both * rates["bidirectional_gbps"]
     if possible:
         exp.result.sample("swap_rate_ratio", moved_bytes / (possible * 1e6), "ratio", **dims)

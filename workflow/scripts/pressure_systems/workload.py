@@ -163,12 +163,11 @@ def spawn_all(callers: Callers, arrivals: Iterable[int], arrive: Callable[[int],
     """Call `arrive` for each of `arrivals`, in order and one at a time, the callers by turns.
 
     Whoever takes turns later has opened sessions before, as in a server. A thread that slept meanwhile would begin with
-    cold caches, on a core that has slept too. Where one arrival fails, nobody else arrives.
+    cold caches, on a core that has slept too. Where one arrival fails, or is interrupted, nobody else arrives.
     """
     turn, pending = Turn(), iter(arrivals)
 
     def work() -> None:
-        nonlocal pending
         with torch.inference_mode():
             while True:
                 with turn:
@@ -178,10 +177,18 @@ def spawn_all(callers: Callers, arrivals: Iterable[int], arrive: Callable[[int],
                     try:
                         arrive(number)
                     except BaseException:
-                        pending = iter(())
+                        leave()
                         raise
 
-    callers.together(work)
+    def leave() -> None:
+        nonlocal pending
+        pending = iter(())
+
+    try:
+        callers.together(work)
+    except BaseException:
+        leave()
+        raise
 
 
 def run_turns(
