@@ -32,7 +32,7 @@ from djinn_core.sessions.blocks import Block, BlockTable, Layout
 from djinn_core.sessions.bringin import BringIn
 from djinn_core.sessions.holding import Holding
 from djinn_core.sessions.link import Link
-from djinn_core.sessions.pauses import checked
+from djinn_core.sessions.pauses import checked, seconds
 from djinn_core.sessions.policy import Policy
 from djinn_core.sessions.state import SessionState, refusal
 from djinn_core.sessions.writer import Writer
@@ -448,6 +448,7 @@ class Pager(Writer):
         }
         if what not in reached:
             raise ConfigError(f"cannot wait until {what!r}; known are {', '.join(reached)}")
+        timeout_s = seconds("timeout_s", timeout_s)
         self._refuse_failed(holding, f"become {what}")
         with Uninterrupted():
             if what == "clean":

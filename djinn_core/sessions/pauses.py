@@ -31,10 +31,19 @@ def checked(expected_resume_s: float | None) -> float | None:
     """
     if expected_resume_s is None:
         return None
-    known = isinstance(expected_resume_s, Real) and not isinstance(expected_resume_s, bool)
-    if not (known and abs(expected_resume_s) < FURTHEST_S):
-        raise UsageError(f"expected_resume_s is {expected_resume_s!r}; give seconds from now, or None")
-    return float(expected_resume_s)
+    return seconds("expected_resume_s", expected_resume_s, "give seconds from now, or None")
+
+
+def seconds(name: str, value: float, remedy: str = "give seconds") -> float:
+    """What a caller has given as `name`.
+
+    Raises:
+        UsageError: it is no number, or none that a clock can tell; the message ends with `remedy`.
+    """
+    known = isinstance(value, Real) and not isinstance(value, bool)
+    if not (known and abs(value) < FURTHEST_S):
+        raise UsageError(f"{name} is {value!r}; {remedy}")
+    return float(value)
 
 
 class Lengths:

@@ -424,7 +424,7 @@ class Session:
 
         Raises:
             TimeoutError: it was not, in time.
-            DjinnError: nobody has paused it, or the write-back or the bring-in failed; the message says what is left.
+            DjinnError: `timeout_s` is no number, nobody has paused it, or a transfer failed; it says what is left.
         """
         self._pager.wait_until(self._holding, what, timeout_s)
 

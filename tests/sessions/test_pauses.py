@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 
-from djinn_core.errors import OutOfDeviceMemory
+from djinn_core.errors import OutOfDeviceMemory, UsageError
 from djinn_core.sessions import Candidate, ExpectedLast, Session, SessionState, ahead
 from djinn_core.sessions.pauses import ASKED, KEPT, LEAST, ON_TIME_S, OVERTAKEN, Lengths, Pauses
 from tests.sessions.lives import SESSION_BYTES
@@ -403,3 +403,14 @@ def test_who_did_not_come_back_at_once_leaves_first() -> None:
         return lambda *_: draw.uniform(0, 0.1) if draw.random() < 0.7 else draw.uniform(8, 8.2)
 
     assert missed(pauses(), True, 30, 6, 4000) < 1.05 * missed(pauses(), False, 30, 6, 4000)
+
+
+@pytest.mark.parametrize("timeout_s", ["5", None, True, float("nan"), float("inf"), 1e9])
+def test_a_wait_takes_seconds(make_rig: MakeRig, timeout_s: object) -> None:
+    """Nothing is done for who asks with something else, and the session is as it was."""
+    session = make_rig().open()
+    session.forward(prompt())
+    session.pause()
+    with pytest.raises(UsageError, match=r"timeout_s is .*; give seconds"):
+        session.wait_until("released", timeout_s)
+    session.wait_until("clean", 10)
