@@ -174,9 +174,7 @@ def opened(device: str | Device, size_bytes: int) -> Iterator[Device]:
         found.close()
 
 
-def measure_limits(
-    device: str | Device, *, size_bytes: int = 1 << 30, copies: int = 10, pinning: Pinning = "required"
-) -> dict[str, float | None]:
+def measure_limits(device: str | Device, *, size_bytes: int, copies: int, pinning: Pinning) -> dict[str, float | None]:
     """h2d_gbps, d2h_gbps, bidirectional_gbps and peer_gbps: medians of `copies` copies of `size_bytes`.
 
     Through the runtime's own host tier; `peer_gbps` is None without a second GPU. Two copies warm up. Everything is

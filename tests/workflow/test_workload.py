@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from workflow.scripts.pressure import record_times
-from workflow.scripts.pressure_systems.workload import Callers, TurnTimes, run_turns, spawn_all
+from workflow.scripts.pressure_systems.workload import Callers, TurnTimes, run_turns
 
 
 class Guest:
@@ -74,7 +74,7 @@ def test_callers_open_sessions_by_turns_and_in_order() -> None:
         within.release()
 
     with Callers(2) as callers:
-        spawn_all(callers, range(40), arrive)
+        callers.share(range(40), arrive, alone=True)
     assert [number for number, _ in arrived] == list(range(40))
     who = [thread for _, thread in arrived][10:]  # the second one may wake later than the first
     assert len(set(who)) == 2 and all(before != after for before, after in pairwise(who))
@@ -91,7 +91,7 @@ def test_an_interrupt_while_sessions_arrive_lets_nobody_else_arrive() -> None:
     try:
         with Callers(2) as callers, pytest.raises(KeyboardInterrupt):
             signal.setitimer(signal.ITIMER_REAL, 0.2)
-            spawn_all(callers, range(100), arrive)
+            callers.share(range(100), arrive, alone=True)
     finally:
         signal.signal(signal.SIGALRM, before)
     assert 0 < len(arrived) < 50
@@ -107,8 +107,24 @@ def test_where_one_cannot_arrive_nobody_else_does() -> None:
         arrived.append(number)
 
     with Callers(2) as callers, pytest.raises(RuntimeError, match="no room"):
-        spawn_all(callers, range(10), arrive)
+        callers.share(range(10), arrive, alone=True)
     assert arrived == [0, 1, 2]
+
+
+def test_where_a_turn_fails_only_those_under_way_are_taken() -> None:
+    taken: list[int] = []
+
+    def turn(number: int) -> TurnTimes:
+        time.sleep(0.02)
+        if number == 3:
+            raise RuntimeError("out of turn")
+        taken.append(number)
+        return TurnTimes(1.0, 2.0)
+
+    guests = [SimpleNamespace(turn=lambda number=number: turn(number)) for number in range(40)]
+    with Callers(2) as callers, pytest.raises(RuntimeError, match="out of turn"):
+        run_turns(callers, guests, list(range(40)), lambda *_: None)
+    assert {0, 1, 2} <= set(taken) and len(taken) < 10
 
 
 def test_a_callers_failure_is_the_experiments() -> None:

@@ -32,7 +32,6 @@ from workflow.scripts.pressure_systems.workload import (
     Workload,
     reference_tokens,
     run_turns,
-    spawn_all,
 )
 from workflow.scripts.resume import make_bench
 from workflow.scripts.resume_methods.base import Bench
@@ -159,7 +158,7 @@ def run_seed(
             exp.result.sample("spawn_ms", (time.perf_counter() - spawn_s) * 1e3, "ms", **dims)
 
         try:
-            spawn_all(callers, exp.progress.track(range(workload.sessions), f"{method}: spawn"), arrive)
+            callers.share(exp.progress.track(range(workload.sessions), f"{method}: spawn"), arrive, alone=True)
             trace.phase = "resume"
             take_rounds(exp, callers, workload, tenants, dims)
         except torch.OutOfMemoryError as error:

@@ -25,7 +25,7 @@ from workflow.scripts import pressure
 from workflow.scripts.pressure_systems import swaps
 from workflow.scripts.pressure_systems.served import ServedTenant
 from workflow.scripts.pressure_systems.trace import MemoryTrace
-from workflow.scripts.pressure_systems.workload import Callers, Workload, spawn_all
+from workflow.scripts.pressure_systems.workload import Callers, Workload
 from workflow.scripts.resume import make_bench, note_graphs
 from workflow.scripts.resume_methods.base import Bench
 
@@ -121,11 +121,25 @@ def take_all(
     trace: MemoryTrace,
     dims: dict[str, Any],
 ) -> list[ServedTenant]:
-    """Spawn everyone, and all rounds of turns in the seed's order: what `total_s` is of."""
+    """Spawn everyone, and all rounds of turns in the seed's order: what `total_s` is of.
+
+    Between two arrivals the device is not waited for: write-backs run beside the next prefill.
+    """
+    tenants: list[ServedTenant] = []
+
+    def arrive(number: int) -> None:
+        arrived_s = time.perf_counter()
+        trace.arriving(number + 1)
+        tenant = ServedTenant(number, workload, bench)
+        tenant.spawn(workload.prompt(number, bench.stock))
+        tenants.append(tenant)
+        exp.result.sample("spawn_ms", (time.perf_counter() - arrived_s) * 1e3, "ms", **dims)
+
+    arrivals = exp.progress.track(range(workload.sessions), f"seed {dims['seed']}: spawn")
     bench.device.synchronize()
     begin_s = time.perf_counter()
     with trace:
-        tenants = open_all(exp, callers, bench, workload, trace, dims)
+        callers.share(arrivals, arrive, alone=True)
         trace.phase = "resume"
         pressure.take_rounds(exp, callers, workload, tenants, dims)
         bench.device.synchronize()
@@ -171,29 +185,6 @@ def settle(tenants: list[ServedTenant]) -> None:
     """Wait for the write-backs that the last pauses began; they are not part of the time."""
     for tenant in tenants:
         tenant.session.wait_until("clean", RELEASE_TIMEOUT_S)
-
-
-def open_all(
-    exp: harness.Experiment,
-    callers: Callers,
-    bench: Bench,
-    workload: Workload,
-    trace: MemoryTrace,
-    dims: dict[str, Any],
-) -> list[ServedTenant]:
-    """Everyone prefilled and paused. The device is not waited for: write-backs run beside the next prefill."""
-    tenants: list[ServedTenant] = []
-
-    def arrive(number: int) -> None:
-        begin_s = time.perf_counter()
-        trace.arriving(number + 1)
-        tenant = ServedTenant(number, workload, bench)
-        tenant.spawn(workload.prompt(number, bench.stock))
-        tenants.append(tenant)
-        exp.result.sample("spawn_ms", (time.perf_counter() - begin_s) * 1e3, "ms", **dims)
-
-    spawn_all(callers, exp.progress.track(range(workload.sessions), f"seed {dims['seed']}: spawn"), arrive)
-    return tenants
 
 
 def close_all(tenants: list[ServedTenant]) -> None:
@@ -299,7 +290,7 @@ def think(
         tenant.spawn(workload.prompt(number, bench.stock))
         heapq.heappush(due, (time.monotonic() + pause_s, 0, number))
 
-    spawn_all(callers, exp.progress.track(range(workload.sessions), f"{variant}: spawn"), arrive)
+    callers.share(exp.progress.track(range(workload.sessions), f"{variant}: spawn"), arrive, alone=True)
     condition = threading.Condition()
     busy = 0
 

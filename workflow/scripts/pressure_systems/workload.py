@@ -11,8 +11,9 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -147,6 +148,41 @@ class Callers:
         wait(calls)  # one that failed must not leave the others at work
         return sum(each.result() for each in calls)
 
+    def share(self, items: Iterable[int], work: Callable[[int], None], *, alone: bool = False) -> float:
+        """Call `work` for each of `items`, which are given out in order; returns what `together` does.
+
+        Where one fails, or is interrupted, no more are given out.
+
+        Args:
+            alone: one at a time, the callers by turns. So they open sessions, as a server's threads do: one that slept
+                meanwhile would begin its turns with cold caches, on a core that has slept too.
+        """
+        turn, pending = Turn(), iter(items)
+
+        def stop() -> None:
+            nonlocal pending
+            pending = iter(())
+
+        def call() -> None:
+            with torch.inference_mode():
+                while True:
+                    with turn if alone else nullcontext():
+                        with turn:
+                            item = next(pending, None)
+                        if item is None:
+                            return
+                        try:
+                            work(item)
+                        except BaseException:
+                            stop()
+                            raise
+
+        try:
+            return self.together(call)
+        except BaseException:
+            stop()
+            raise
+
     def __enter__(self) -> Callers:
         return self
 
@@ -159,38 +195,6 @@ def _keep_to(cores: int | None) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-cores:])  # of this thread
 
 
-def spawn_all(callers: Callers, arrivals: Iterable[int], arrive: Callable[[int], None]) -> None:
-    """Call `arrive` for each of `arrivals`, in order and one at a time, the callers by turns.
-
-    Whoever takes turns later has opened sessions before, as in a server. A thread that slept meanwhile would begin with
-    cold caches, on a core that has slept too. Where one arrival fails, or is interrupted, nobody else arrives.
-    """
-    turn, pending = Turn(), iter(arrivals)
-
-    def work() -> None:
-        with torch.inference_mode():
-            while True:
-                with turn:
-                    number = next(pending, None)
-                    if number is None:
-                        return
-                    try:
-                        arrive(number)
-                    except BaseException:
-                        leave()
-                        raise
-
-    def leave() -> None:
-        nonlocal pending
-        pending = iter(())
-
-    try:
-        callers.together(work)
-    except BaseException:
-        leave()
-        raise
-
-
 def run_turns(
     callers: Callers, tenants: list[Tenant], order: list[int], done: Callable[[Tenant, TurnTimes], None]
 ) -> float:
@@ -200,20 +204,13 @@ def run_turns(
     processor.
     """
     lock = threading.Lock()
-    pending: Iterator[int] = iter(order)
 
-    def work() -> None:
-        with torch.inference_mode():
-            while True:
-                with lock:
-                    number = next(pending, None)
-                if number is None:
-                    return
-                times = tenants[number].turn()
-                with lock:
-                    done(tenants[number], times)
+    def work(number: int) -> None:
+        times = tenants[number].turn()
+        with lock:
+            done(tenants[number], times)
 
-    return callers.together(work)
+    return callers.share(order, work)
 
 
 class Timer:
