@@ -3,9 +3,9 @@
 A plan names, for each layer in the order in which the pass will want them, the blocks to map: new ones for the tokens
 to come, ones that come back from the host, ones that a fork shares, and copies of shared tails (copy on write). All
 extents are acquired before the first map, so running out leaves everything as it was. Then each step's are created and
-mapped with one grant, and its copies are issued in one call, in pieces of at most 8 MiB. A step is one layer, with an
-event of its own that the compute stream waits for; where layers are small, `STEP_BYTES` of them share one, since each
-call gives up Python's interpreter. While the link is busy the next steps are mapped, as many at once as `MAP_BYTES`
+mapped with one grant, and its copies are issued together, in pieces of at most 8 MiB, without giving Python's
+interpreter away. A step is one layer, with an event of its own that the compute stream waits for; where layers are
+small, `STEP_BYTES` of them share one. While the link is busy the next steps are mapped, as many at once as `MAP_BYTES`
 has: a grant holds up whoever launches kernels, a large one not much longer than a small one. Where there is nothing to
 copy, as in a prefill, the pass maps each layer as it comes to it.
 
@@ -122,8 +122,7 @@ class BringIn:
                 if self.cancelled and self.error is None and not self.followed:
                     return  # whoever cancelled it planned the rest anew
                 raise self.error or DeviceError(f"session {self.holding.id}: bring-in ended before layer {layer}")
-        arrival = self.arrival[layer]
-        if arrival is not None:
+        if (arrival := self.arrival[layer]) is not None:
             compute.wait_event(arrival)
 
     def _issue_or_wait(self, layer: int) -> None:
@@ -324,10 +323,8 @@ class BringIn:
     def _slow(self) -> bool:
         """Something has to be read from disk, or displaced, before the first copy."""
         for want in self._flat():
-            wanted = want.source or want.block
-            if want.lender is None and wanted.host_valid_bytes < wanted.disk_valid_bytes:
-                return True
-            if want.source is not None and self.holding in want.source.places:
+            there = want.source or want.block
+            if self._wants.replaces(want) or (want.lender is None and there.host_valid_bytes < there.disk_valid_bytes):
                 return True
         return False
 
@@ -427,7 +424,10 @@ class BringIn:
         if pairs:
             later = stream is self._pager.h2d  # a resume's first layer goes first
             begun = None if self.bytes else self.begun
-            device.copy_all(pairs, stream, Direction.H2D, piece_bytes=PIECE_BYTES, gives_way=later, begun=begun)
+            # a copy of pageable memory may block, and then nobody could run Python
+            keeping = device.keeping_interpreter if self._pager.tiers.host.pinned else contextlib.nullcontext
+            with keeping():
+                device.copy_all(pairs, stream, Direction.H2D, piece_bytes=PIECE_BYTES, gives_way=later, begun=begun)
         return sum(dst.numel() for dst, _ in pairs)
 
     def _borrow(self, want: Want, stream: Stream) -> None:

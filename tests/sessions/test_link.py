@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
@@ -65,28 +65,17 @@ def test_a_second_resume_gets_its_first_layer_soon(slow: Rig) -> None:
 
 
 def test_who_resumes_issues_the_first_layers_itself(slow: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No worker has to wake for them, and they count as in flight; one of them where others are on the link.
-
-    The calls into the driver keep the interpreter meanwhile.
-    """
+    """No worker has to wake for them, and they count as in flight; one of them where others are on the link."""
     one, two = released(slow, 1), released(slow, 2)
     slow.device.link_gbps = LINK_GBPS
-    step, by, idle, keeping = bringin.BringIn.step, {}, [], []
-
-    @contextmanager
-    def keep() -> Iterator[None]:
-        keeping.append(threading.current_thread())
-        yield
-        keeping.pop()
+    step, by, idle = bringin.BringIn.step, {}, []
 
     def watched(job: bringin.BringIn) -> tuple:
         by.setdefault(job.holding.id, []).append((threading.current_thread(), counted.counts["grant"]))
         idle.append(slow.sessions.pager.link.idle)
-        assert keeping == [threading.current_thread()] or threading.current_thread().name == "djinn-link"
         return step(job)
 
     monkeypatch.setattr(bringin.BringIn, "step", watched)
-    monkeypatch.setattr(slow.device, "keeping_interpreter", keep)
     monkeypatch.setattr(link, "QUEUED_BYTES", -1)
     counted = slow.device.faults = FaultPlan()
     one.resume()
@@ -101,6 +90,35 @@ def test_who_resumes_issues_the_first_layers_itself(slow: Rig, monkeypatch: pyte
     assert by[two.id][0][0] is threading.current_thread()
     assert len(by[one.id]) == len(by[two.id]) == LAYERS
     assert {thread.name for thread, _ in by[one.id][2:] + by[two.id][1:]} == {"djinn-link"}
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_which_calls_keep_the_interpreter(slow: Rig, monkeypatch: pytest.MonkeyPatch, pinned: bool) -> None:
+    """All of who resumes, and the link's copies, unless the memory is pageable: not its grants, which take long."""
+    session, seen, kept = released(slow, 1), set(), threading.local()
+
+    @contextmanager
+    def keep() -> Iterator[None]:
+        before, kept.now = getattr(kept, "now", False), True
+        yield
+        kept.now = before
+
+    def watched(name: str, call: Callable[..., None]) -> Callable[..., None]:
+        def watch(*args: object, **kwargs: object) -> None:
+            who = "link" if threading.current_thread().name == "djinn-link" else "caller"
+            seen.add((who, name, getattr(kept, "now", False)))
+            call(*args, **kwargs)
+
+        return watch
+
+    monkeypatch.setattr(slow.device, "keeping_interpreter", keep)
+    monkeypatch.setattr(type(slow.host), "pinned", pinned)
+    for name in ("grant", "copy_all"):
+        monkeypatch.setattr(slow.device, name, watched(name, getattr(slow.device, name)))
+    session.resume()
+    session.wait_until("restored", 10)
+    by_caller = {("caller", "grant", True), ("caller", "copy_all", True)}
+    assert seen == by_caller | {("link", "grant", False), ("link", "copy_all", pinned)}
 
 
 def test_whoever_waits_for_the_rest_is_woken_at_its_end(slow: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
