@@ -67,7 +67,7 @@ def look_ahead(pager: Pager) -> None:
         if not pager.could_free(wanted_bytes, holding.expected_resume_s):
             break  # everyone on the device is expected sooner; a later look tries again
         pager.prefetch(holding)
-    if pager.link.idle:  # room is made between resumes, not beside one
+    if pager.link.quiet:  # room is made between resumes, not beside one
         keep_room(pager)
 
 

@@ -53,6 +53,7 @@ class BringIn:
         cancelled: nothing more is wanted of it; it ends before its next step.
         by_pass: the pass maps its layers, one by one, as it comes to them.
         followed: a pass relies on it for all that it needs.
+        reads: something of it has to be read from disk, as far as is known.
         done: nothing more will be issued; `error` says why, if it failed.
         marks: (what had been done, when) by the thread that resumes, in order.
     """
@@ -70,7 +71,7 @@ class BringIn:
         self.begun, self.restored = (pager.device.event(timing=True) for _ in range(2))
         self.changed = threading.Condition()
         self.bytes = 0
-        self.done = self.cancelled = self.by_pass = self.followed = self._prepared = False
+        self.done = self.cancelled = self.by_pass = self.followed = self.reads = self._prepared = False
         self.error: DjinnError | None = None
         self.marks: list[tuple[str, float]] = []
         self.wanted_s = time.perf_counter()
@@ -151,7 +152,7 @@ class BringIn:
         try:
             if not self.prepare(wait=False):
                 self._pager.way.leave()
-                self.prepare(wait=True)
+                self.prepare(wait=True, read=True)
             self.by_pass = all(want.source is None and not want.block.holders for want in self._flat())
             while not self.by_pass and self._left and not self.cancelled:
                 self.step()
@@ -188,14 +189,15 @@ class BringIn:
         finally:
             self.finish(None)
 
-    def prepare(self, *, wait: bool) -> bool:
-        """Plan, and hold all that the steps need. Without `wait`, False when someone would have to be waited for.
+    def prepare(self, *, wait: bool, read: bool = False) -> bool:
+        """Plan, and hold all that the steps need; False, and nothing held, when that has to be done elsewhere.
 
-        What is on disk counts as such, and so do others that have to leave the device first. Nothing is held then.
+        Without `wait` when someone would have to be waited for, as others that have to leave the device first; without
+        `read` when something is on disk; and when a prefetch reads while a resume wants to.
         """
         self.begun_s = time.perf_counter()
         try:
-            ready = self._plan(wait) and (wait or not self._slow()) and self._prepare_sources() and self._acquire(wait)
+            ready = self._plan(wait, read) and self._prepare_sources() and self._acquire(wait)
         except BaseException:
             self._release()
             raise
@@ -290,22 +292,24 @@ class BringIn:
     def _told(self, error: BaseException) -> DjinnError:
         return told(error, self.holding, "a bring-in", "and it can be resumed again")
 
-    def _plan(self, wait: bool) -> bool:
+    def _plan(self, wait: bool, read: bool) -> bool:
         """What to map, by layer, with blocks and lenders claimed; waits while another session moves one of them."""
         lock = self._pager.lock
         with lock:
             while True:
                 rows = {layer: self._wants.of(layer) for layer in self._left}
                 flat = [want for row in rows.values() for want in row]
-                if not any(self._wants.in_motion(want.source or want.block) for want in flat):
-                    break
-                if not wait:
+                moves = any(self._wants.in_motion(want.source or want.block) for want in flat)
+                displaces = any(map(self._wants.replaces, flat))
+                self.reads = any(map(self._wants.on_disk, flat))
+                if (self.reads and not read) or ((moves or displaces) and not wait):
                     return False
+                if not moves:
+                    break
                 lock.wait()
                 act()
             self._rows = rows
-            # two could wait for each other to lend
-            self.holding.displacing = any(self._wants.replaces(want) for want in flat)
+            self.holding.displacing = displaces  # two could wait for each other to lend
             for want in flat:
                 want.block.loading = True
                 want.lender = self._wants.lender(want.source or want.block)
@@ -320,16 +324,8 @@ class BringIn:
     def _flat(self) -> list[Want]:
         return [want for row in self._rows.values() for want in row]
 
-    def _slow(self) -> bool:
-        """Something has to be read from disk, or displaced, before the first copy."""
-        for want in self._flat():
-            there = want.source or want.block
-            if self._wants.replaces(want) or (want.lender is None and there.host_valid_bytes < there.disk_valid_bytes):
-                return True
-        return False
-
     def _prepare_sources(self) -> bool:
-        """Everything that will be read is on the device of a lender, or whole on the host."""
+        """Everything that will be read is on the device of a lender, or whole on the host, where it stays."""
         pager, holding = self._pager, self.holding
         here = [want.source for want in self._flat() if self._wants.replaces(want)]
         if here:
@@ -337,6 +333,8 @@ class BringIn:
         for want in self._flat():
             wanted = want.source or want.block
             if want.lender is None and wanted.device is None and wanted.disk is not None:
+                if self.prefetch and (self.cancelled or pager.link.reads_wanted):
+                    return False
                 pager.tiers.fetch(wanted, holding.id)
         return True
 

@@ -7,10 +7,11 @@ comes after.
 Before each step it asks again who is the most urgent, and it keeps so much in flight that the link never idles when the
 worker is late, and no more: who resumes meanwhile gets his first layer after the step under way, since steps give way
 to it (`Device.copy_all`), and the next behind all that is in flight. While that much is on its way the worker maps the
-steps that come next. A second worker does what may take long, so that the first never does: reading from disk,
-evicting, waiting for other sessions' transfers, and looking ahead.
+steps that come next. What may take long others do, so that it never does: a second one evicts, waits for other
+sessions' transfers, and looks ahead; a third one reads from disk, resumes before prefetches.
 
-Not taken: to issue whole sessions. Who resumes second would wait for all of the first one before his second layer.
+Not taken: to issue whole sessions. Who resumes second would wait for all of the first one before his second layer. One
+worker for all that may take long: who only needs room would wait for another session's seconds of disk.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Stage(Enum):
 
     WANTED = "wanted"
     BLOCKED = "has to wait for someone first"
-    WAITING = "is being prepared"  # by the second worker, or by who resumes
+    WAITING = "is being prepared"  # by another worker than the link's, or by who resumes
     PREPARED = "holds all that its layers need"
 
 
@@ -61,8 +62,10 @@ class Link:
         self._closed = False
         self._threads = [
             threading.Thread(target=self._issue, name="djinn-link", daemon=True),
-            threading.Thread(target=self._prepare, name="djinn-ahead", daemon=True),
+            threading.Thread(target=self._prepare, args=(False,), name="djinn-ahead", daemon=True),
         ]
+        if pager.tiers.disk is not None:
+            self._threads.append(threading.Thread(target=self._prepare, args=(True,), name="djinn-disk", daemon=True))
 
     def start(self) -> None:
         """Begin to work."""
@@ -103,6 +106,18 @@ class Link:
     def idle(self) -> bool:
         """No bring-in is under way."""
         return not self._stages
+
+    @property
+    def quiet(self) -> bool:
+        """None but such as are read from disk."""
+        with self._changed:
+            return all(job.reads and stage in (Stage.BLOCKED, Stage.WAITING) for job, stage in self._stages.items())
+
+    @property
+    def reads_wanted(self) -> bool:
+        """A resume waits for the disk."""
+        with self._changed:
+            return any(stage is Stage.BLOCKED and job.reads and not job.prefetch for job, stage in self._stages.items())
 
     def close(self) -> None:
         """End the workers. Nothing is under way any more."""
@@ -186,15 +201,16 @@ class Link:
 
     def _has_room(self) -> bool:
         """Whether another step may be issued: behind the oldest one that is still under way is little, or nothing."""
-        while self._flying and self._arrived(self._flying[0][1]):
-            self._flying.popleft()  # nobody else takes anything out
         with self._changed:
+            while self._flying and self._arrived(self._flying[0][1]):
+                self._flying.popleft()
             sizes = [size_bytes for _, _, size_bytes in self._flying]
         return not sizes or sum(sizes[1:]) <= QUEUED_BYTES
 
     def _wait_for_oldest(self) -> None:
         """Wait for the oldest in flight; someone else may be the most urgent then."""
-        job, event, _ = self._flying.popleft()
+        with self._changed:
+            job, event, _ = self._flying.popleft()
         try:
             event.synchronize()
         except DeviceError as error:
@@ -207,33 +223,42 @@ class Link:
         except DeviceError:  # found again by whoever asks its bring-in
             return True
 
-    # the worker that waits
+    # the workers that wait
 
-    def _prepare(self) -> None:
+    def _prepare(self, reads: bool) -> None:
+        """One of them: for those that have to read from disk, or for the others, and then it looks ahead, too."""
         look_s = time.monotonic()
         while True:
             with self._changed:
-                job = self._pick(Stage.BLOCKED)
+                job = self._pick_blocked(reads)
                 if job is not None:
                     self._stages[job] = Stage.WAITING
                 elif self._closed:
                     return
-                elif (left_s := look_s - time.monotonic()) > 0:
-                    self._changed.wait(left_s)
+                elif reads or (left_s := look_s - time.monotonic()) > 0:
+                    self._changed.wait(None if reads else left_s)
                     continue
-            self._pager.count_callers()
             if job is None:
-                try:
-                    self._pager.device.bind_thread()
-                    look_ahead(self._pager)
-                except BaseException as error:  # noqa: BLE001 - nobody waits for it; the next look tries again
-                    self._pager.log_id("-", f"did not look ahead ({error!r})")
+                self._look_ahead()
                 look_s = time.monotonic() + TICK_S
                 continue
+            self._pager.count_callers()
             try:
                 self._pager.device.bind_thread()
-                if job.left:
-                    job.prepare(wait=True)
-                self._go(job, Stage.PREPARED)
+                prepared = not job.left or job.prepare(wait=True, read=reads)
+                self._go(job, Stage.PREPARED if prepared else Stage.BLOCKED)
             except BaseException as error:  # noqa: BLE001 - the thread's edge: whoever waits for the job is told
                 self._end(job, error)
+
+    def _pick_blocked(self, reads: bool) -> BringIn | None:
+        """The most urgent of those that have to read from disk, or do not, as far as is known. The lock is held."""
+        jobs = [job for job, stage in self._stages.items() if stage is Stage.BLOCKED and job.reads is reads]
+        return min(jobs, key=lambda job: job.urgency, default=None)
+
+    def _look_ahead(self) -> None:
+        self._pager.count_callers()
+        try:
+            self._pager.device.bind_thread()
+            look_ahead(self._pager)
+        except BaseException as error:  # noqa: BLE001 - nobody waits for it; the next look tries again
+            self._pager.log_id("-", f"did not look ahead ({error!r})")

@@ -6,12 +6,15 @@ guess about the future: a bad one costs time, never state.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from djinn_core.errors import UsageError
+
+LEAST_S = 0.001  # sooner is now
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,10 @@ class Policy(Protocol):
 class ExpectedLast:
     """The session that is expected back last goes first (Belady's rule, with a guess for the future).
 
-    Without a hint, or when it was not kept, the pager's guess counts. Clean sessions go before dirty ones: an unmap
-    costs microseconds, a write-back the link's time. Those that had a hint and are expected within `soon_s` go last of
-    all, clean or not: they would have to come straight back.
+    Without a hint, or when it was not kept, the pager's guess counts. Of those expected about as late, within the
+    same tenth, the largest goes first, so that fewer have to. Clean sessions go before dirty ones: an unmap costs
+    microseconds, a write-back the link's time. Those that had a hint and are expected within `soon_s` go last of all,
+    clean or not: they would have to come straight back.
     """
 
     def __init__(self, soon_s: float = 0.5) -> None:
@@ -56,14 +60,15 @@ class ExpectedLast:
     def choose(self, candidates: Sequence[Candidate], needed_bytes: int, now_s: float) -> Sequence[str]:
         """The sessions to evict, in order: enough of them for `needed_bytes`, or all when that is not enough."""
 
-        def rank(candidate: Candidate) -> tuple[bool, bool, float, int, str]:
+        def rank(candidate: Candidate) -> tuple[bool, bool, float, int, float, str]:
             guess_s = candidate.guessed_resume_s
             soon = candidate.expected_resume_s is not None and guess_s - now_s < self.soon_s
             return (
                 soon,
                 not soon and not candidate.clean,
-                -guess_s,
+                -_about(guess_s - now_s),
                 -candidate.device_bytes,
+                -guess_s,
                 candidate.session,
             )
 
@@ -75,6 +80,13 @@ class ExpectedLast:
             chosen.append(candidate.session)
             freed_bytes += candidate.device_bytes
         return chosen
+
+
+def _about(lead_s: float) -> float:
+    """Which step of a tenth each it falls into, from 1 on; what is due already stays as it is, and so does never."""
+    if lead_s <= LEAST_S:
+        return min(lead_s, 0.0)
+    return lead_s if math.isinf(lead_s) else 1.0 + math.floor(math.log(lead_s / LEAST_S, 1.1))
 
 
 def chosen_by(policy: Policy, candidates: Sequence[Candidate], needed_bytes: int) -> list[str]:

@@ -346,12 +346,12 @@ class Room:
         Whoever cannot leave only because he is on his way is waited for, unless a prefetch asks; and whoever has
         arrived since the look at who could leave is asked, too.
         """
-        give_up_s, last_look = time.monotonic() + PATIENCE_S, False
         while True:
             if (got := take()) is not None:
                 return got
             if self._acquiring.acquire(timeout=LOOK_S):
                 break
+        give_up_s, last_look = time.monotonic() + PATIENCE_S, False
         try:
             while True:
                 short = self.pool.free_bytes < needed_bytes
@@ -374,7 +374,7 @@ class Room:
             self._acquiring.release()
 
     def resize(self, budget_bytes: int) -> None:
-        """Another budget for the pool. Where sessions hold more than a smaller one, paused ones leave.
+        """Another budget for the pool. For a smaller one paused sessions leave; who is on his way is waited for.
 
         Raises:
             OutOfDeviceMemory: what is left cannot leave; the budget is as it was, and who has left stays away.
@@ -382,11 +382,17 @@ class Room:
         with self._acquiring:
             before = self.pool.budget_bytes
             beyond = self.pool.resize(budget_bytes)
+            give_up_s, last_look = time.monotonic() + PATIENCE_S, False
             try:
                 while beyond > 0:
                     made, before_bytes = self._make_room(0, None, None, set()), beyond
                     beyond = self.pool.resize(budget_bytes)
-                    if not made and beyond >= before_bytes:  # others may have left by themselves
+                    left = made or beyond < before_bytes  # others may have left by themselves
+                    if left or self.tiers.wait_for_transfers("", give_up_s, _could_leave_later):
+                        last_look = False
+                    elif not last_look:
+                        last_look = True
+                    else:
                         raise OutOfDeviceMemory(
                             f"{beyond:,} bytes more than the new budget are held by weights, staging and sessions that "
                             f"cannot leave ({self._who_stays()}); pause or close one, or unload a model, and try again",

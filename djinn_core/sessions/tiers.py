@@ -72,6 +72,7 @@ class Tiers:
                 continue
             disk_full = self._make_room(size_bytes, owner, optional)
             if disk_full is None:
+                give_up_s = time.monotonic() + PATIENCE_S  # a slow disk does not count as waiting
                 continue
             waited = not optional and self.wait_for_transfers(owner, give_up_s)
             if optional or (last_look and not waited):

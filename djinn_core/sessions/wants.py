@@ -85,6 +85,11 @@ class Wants:
         """Its source is mapped here, and has to go before it is copied."""
         return want.source is not None and self._holding.mapped.get(want.source.offset) is want.source
 
+    def on_disk(self, want: Want) -> bool:
+        """It, or its source, has to be read from disk."""
+        there = want.source or want.block
+        return there.host_valid_bytes < there.disk_valid_bytes and self.lender(there) is None
+
     def _tail(self, layer: int) -> int:
         """The first block that the pass writes into; one behind the row's last if it appends nothing."""
         table, reach = self._holding.table, self._reach[layer]

@@ -197,7 +197,7 @@ def test_who_holds_the_last_slot_waits_for_his_first_layer(
     """Which may come from disk: he would keep the turn from all who have theirs."""
     rig, session, _, wanted = stopped
     prepare, staging = BringIn.prepare, rig.sessions.pager.staging
-    monkeypatch.setattr(BringIn, "prepare", lambda job, *, wait: wait and prepare(job, wait=True))
+    monkeypatch.setattr(BringIn, "prepare", lambda job, *, wait, **how: wait and prepare(job, wait=True, **how))
     held.first_too = True
     slots = [staging.take(Way()) for _ in range(INBOUND_SLOTS - 1)]
     thread, out = resume(session)

@@ -388,7 +388,7 @@ def test_callers_are_counted_while_the_second_worker_is_busy(make_rig: MakeRig, 
     monkeypatch.setattr(link, "look_ahead", lambda pager: None)
     monkeypatch.setattr(link, "TICK_S", 1000.0)
     prepare = bringin.BringIn.prepare
-    monkeypatch.setattr(bringin.BringIn, "prepare", lambda job, *, wait: wait and prepare(job, wait=wait))
+    monkeypatch.setattr(bringin.BringIn, "prepare", lambda job, *, wait, **how: wait and prepare(job, wait=wait, **how))
     time.sleep(0.2)
     with Use(others[0]._holding, "be called"), Use(others[1]._holding, "be called"):
         session.resume()

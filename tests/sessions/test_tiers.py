@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import threading
@@ -317,6 +318,18 @@ def test_the_default_policy() -> None:
     lost = Candidate("lost", 10, True, 0.0, 70.0, guessed_resume_s=130.0)
     assert choose([due, new, lost], 30, 100.0) == ["lost", "new", "due"], "a hint that was not kept is none"
     assert choose([], 11, 100.0) == []
+
+
+def test_the_default_policy_has_the_larger_one_leave_of_two_expected_about_as_late() -> None:
+    def candidate(name: str, size_bytes: int, lead_s: float) -> Candidate:
+        return Candidate(name, size_bytes, True, 0.0, None, guessed_resume_s=100.0 + lead_s)
+
+    choose = ExpectedLast().choose
+    small, large, soon = candidate("small", 10, 50.0), candidate("large", 30, 49.0), candidate("soon", 99, 5.0)
+    assert choose([small, large, soon], 20, 100.0) == ["large"]
+    assert choose([small, candidate("twin", 10, 49.0)], 5, 100.0) == ["small"], "of two alike the one expected last"
+    assert choose([candidate("never", 1, math.inf), large], 1, 100.0) == ["never"]
+    assert choose([candidate("over", 99, -3.0), candidate("due", 1, -1.0)], 1, 100.0) == ["due"]
 
 
 def patiently(session, call, *args, **options):

@@ -109,9 +109,9 @@ def test_who_waits_for_room_or_for_a_read_is_not_in_the_way(rig: Rig, monkeypatc
     session.forward(prompt())
     session.pause()
 
-    def prepared(job: BringIn, *, wait: bool) -> bool:
+    def prepared(job: BringIn, *, wait: bool, read: bool = False) -> bool:
         seen.append((wait, pager.way.taken))
-        return wait and prepare(job, wait=wait)  # someone else has to leave first
+        return wait and prepare(job, wait=wait, read=read)  # someone else has to leave first
 
     monkeypatch.setattr(BringIn, "prepare", prepared)
     with pager.way:

@@ -19,7 +19,7 @@ from tests.sessions.oracle import Oracle, likely, prompt
 from tests.sessions.rigs import MakeRig, Rig, spill, wait_for
 
 SESSION_BYTES = 4 * (64 << 10)
-WRITER, ISSUER, AHEAD = "djinn-writer", "djinn-link", "djinn-ahead"
+WRITER, ISSUER, AHEAD, READER = "djinn-writer", "djinn-link", "djinn-ahead", "djinn-disk"
 ERRORS = [RuntimeError("a bug"), MemoryError("no memory"), SystemExit("a thread that ends without a word")]
 
 pytestmark = pytest.mark.timeout(60)  # the watchdog: a hang is what these tests are about
@@ -211,7 +211,7 @@ def test_in_the_thread_that_issues(rig: Rig, monkeypatch, call, error, stop_afte
 @pytest.mark.parametrize("call", ["tiers.fetch", "disk.read", "host.allocate", "pool.acquire_all"])
 @pytest.mark.parametrize("stop_after", [None, 2])
 def test_in_the_thread_that_waits(make_rig: MakeRig, monkeypatch, call, error, stop_after) -> None:
-    """What lies on disk is read by the other worker."""
+    """What lies on disk is read by a worker of its own."""
     monkeypatch.setattr(link, "look_ahead", lambda pager: None)
     rig = make_rig(disk_bytes=8 * SESSION_BYTES)
     where, name = call.split(".")
@@ -221,7 +221,7 @@ def test_in_the_thread_that_waits(make_rig: MakeRig, monkeypatch, call, error, s
     session.pause(release=True)
     session.wait_until("released", 10)
     spill(rig, session)
-    bomb = Bomb(monkeypatch, owner_of(rig, where), name, AHEAD, error)
+    bomb = Bomb(monkeypatch, owner_of(rig, where), name, READER, error)
     with pytest.raises(WorkerError) as caught:
         go_on(session, ids)
     assert bomb.fired

@@ -169,6 +169,14 @@ def test_an_experiment_without_an_entry_uses_every_rate() -> None:
     assert limits.moved(section) == {"d2h_gbps": pytest.approx(0.03)}
 
 
+def test_what_needs_the_link_around_the_whole_result_comes_at_the_end(tmp_path: Path) -> None:
+    def body(exp: harness.Experiment) -> None:
+        exp.at_end.append(lambda: exp.result.sample("late", exp.result.limits["h2d_gbps"], "GB/s"))
+
+    document = run(tmp_path, body, rates=[STEADY | {"h2d_gbps": 50.0}, STEADY | {"h2d_gbps": 50.5}])
+    assert [row["median"] for row in document["summary"] if row["metric"] == "late"] == [pytest.approx(50.25)]
+
+
 @pytest.mark.parametrize(
     ("system", "moved"), [("djinn", True), ("manual_offload", True), ("djinn_uncapped", False), ("eager", False)]
 )

@@ -127,6 +127,48 @@ def test_where_a_turn_fails_only_those_under_way_are_taken() -> None:
     assert {0, 1, 2} <= set(taken) and len(taken) < 10
 
 
+def test_who_is_due_gets_a_turn_and_then_is_due_again() -> None:
+    taken: list[tuple[int, float]] = []
+    begun_s = time.monotonic()
+
+    def work(number: int) -> float | None:
+        taken.append((number, time.monotonic() - begun_s))
+        return 0.1 if [each for each, _ in taken].count(number) < 2 else None
+
+    with Callers(2) as callers:
+        callers.when_due([(begun_s + 0.05, 1), (begun_s, 0)], work)
+    assert [number for number, _ in taken] == [0, 1, 0, 1]
+    assert all(at_s >= due_s for (_, at_s), due_s in zip(taken, (0.0, 0.05, 0.1, 0.15), strict=True))
+
+
+@pytest.mark.timeout(20)
+def test_where_a_turn_that_was_due_fails_nobody_waits_for_it() -> None:
+    taken: list[int] = []
+
+    def work(number: int) -> float | None:
+        if number == 1:
+            raise RuntimeError("a turn fails")
+        taken.append(number)
+        time.sleep(0.05)
+        return 0.0
+
+    with Callers(2) as callers, pytest.raises(RuntimeError, match="a turn fails"):
+        callers.when_due([(time.monotonic(), number) for number in range(4)], work)
+    assert taken == [0]
+
+
+def test_an_interrupt_ends_what_is_due() -> None:
+    taken: list[int] = []
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        with Callers(2) as callers, pytest.raises(KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            callers.when_due([(time.monotonic() + 0.05 * n, n) for n in range(400)], taken.append)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert 0 < len(taken) < 50
+
+
 def test_a_callers_failure_is_the_experiments() -> None:
     """Once the others have ended: they would go on in a runtime that closes."""
     ended: list[int] = []

@@ -62,6 +62,7 @@ class Experiment:
         device: ``"cuda:0"`` or ``"cpu"``.
         baseline_bytes: device memory in use before this process touched the device; None without a GPU.
         progress: bars on a terminal, quiet lines in a log.
+        at_end: called once the link has been measured again and `result.limits` is whole: for ratios to it.
     """
 
     result: Result
@@ -72,6 +73,7 @@ class Experiment:
     progress: Progress
     out: Path
     log: logging.Logger = field(default=log)
+    at_end: list[Callable[[], None]] = field(default_factory=list)
 
     @property
     def is_gpu(self) -> bool:
@@ -223,6 +225,8 @@ def experiment(
         give_back_memory(device)
         after = measure(device, config["machine"])
         result.limits = limits.bracket(experiment, system, before, after, config["machine"])
+        for late in exp.at_end:
+            late()
         result.machine["state"]["after"] = machine.state(uuid)
     judge(result)
     with written():

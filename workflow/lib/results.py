@@ -31,7 +31,7 @@ DRIFTED = "the link drifted around the measurement"  # so begins the reason of a
 STATUSES = ("ok", "inconclusive", "unsupported", "out_of_memory", "failed")
 SAMPLE_FIELDS = frozenset({"metric", "value", "unit", "warmup"})
 # dimensions that number the samples of one quantity: kept in the samples, not a group of their own in the summary
-INDEX_DIMENSIONS = frozenset({"repeat", "time_s"})
+INDEX_DIMENSIONS = frozenset({"repeat", "session", "time_s"})
 
 
 class ResultError(Exception):

@@ -155,7 +155,7 @@ def run_seed(
             tenant.spawn(workload.prompt(number, bench.stock))
             tenants.append(tenant)
             bench.device.synchronize()
-            exp.result.sample("spawn_ms", (time.perf_counter() - spawn_s) * 1e3, "ms", **dims)
+            exp.result.sample("spawn_ms", (time.perf_counter() - spawn_s) * 1e3, "ms", **dims, session=number)
 
         try:
             callers.share(exp.progress.track(range(workload.sessions), f"{method}: spawn"), arrive, alone=True)
@@ -206,7 +206,7 @@ def take_rounds(
     """All rounds of turns, in the seed's order."""
 
     def done(tenant: Tenant, times: TurnTimes) -> None:
-        record_times(exp, times, dims)
+        record_times(exp, times, dims | {"session": tenant.number})
 
     orders = [workload.order(dims["seed"], round_index) for round_index in range(workload.rounds)]
     cpu_s = sum(run_turns(callers, tenants, order, done) for order in orders)

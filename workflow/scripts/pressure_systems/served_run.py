@@ -8,7 +8,6 @@ run begins with an empty pool of extents, as the first one does, so that device 
 from __future__ import annotations
 
 import gc
-import heapq
 import logging
 import threading
 import time
@@ -74,6 +73,8 @@ def run(exp: harness.Experiment, capped: bool, wanted: list[list[int]]) -> None:
         finally:
             if capped:
                 swaps.write_log(exp.out.parent / swaps.LOG, logs)
+        if capped and config["disk_bytes"]:
+            check_tiers(exp)
         if capped:
             for hinted in (False, True):
                 think(exp, callers, bench, runtime, workload, hinted, wanted)
@@ -133,7 +134,7 @@ def take_all(
         tenant = ServedTenant(number, workload, bench)
         tenant.spawn(workload.prompt(number, bench.stock))
         tenants.append(tenant)
-        exp.result.sample("spawn_ms", (time.perf_counter() - arrived_s) * 1e3, "ms", **dims)
+        exp.result.sample("spawn_ms", (time.perf_counter() - arrived_s) * 1e3, "ms", **dims, session=number)
 
     arrivals = exp.progress.track(range(workload.sessions), f"seed {dims['seed']}: spawn")
     bench.device.synchronize()
@@ -173,7 +174,7 @@ def run_seed(
     exp.result.sample("completed_sessions", complete, "sessions", **dims)
     exp.result.sample("sessions_at_cap", len(tenants), "sessions", **dims)
     pressure.check_tokens(exp, f"tokens_equal_seed_{seed}", tenants, wanted)
-    swaps.record(exp, events, origin, dims)
+    swaps.record(exp, events, origin, {tenant.session.id: tenant.number for tenant in tenants}, dims)
     if capped:
         check_cap(exp, trace, seed)
         check_evicted(exp, seed)
@@ -241,6 +242,12 @@ def check_evicted(exp: harness.Experiment, seed: int) -> None:
     exp.result.check(f"evicted_at_least_demand_minus_cap_seed_{seed}", evicted >= shortfall)
 
 
+def check_tiers(exp: harness.Experiment) -> None:
+    """Where a disk is given, sessions went there and came back: the demand is more than device and host hold."""
+    seen = {row["metric"] for row in exp.result.samples}
+    exp.result.check("went_to_disk_and_back", {"disk_write_bytes", "disk_read_bytes"} <= seen)
+
+
 def uncontended(exp: harness.Experiment, bench: Bench, runtime: djinn.Runtime, workload: Workload, number: int) -> None:
     """What `ready_ms` is when nobody else is there: one caller, one session, off the device at each resume.
 
@@ -282,46 +289,28 @@ def think(
     )
     dims = {"seed": settings["seed"], "method": "djinn", "variant": variant}
     tenants = [ServedTenant(number, workload, bench) for number in range(workload.sessions)]
-    due: list[tuple[float, int, int]] = []
+    due: list[tuple[float, int]] = []
+    taken, recording = [0] * workload.sessions, threading.Lock()
 
     def arrive(number: int) -> None:
         tenant, pause_s = tenants[number], float(draws[0, number])
         tenant.expected_resume_s = pause_s if hinted else None
         tenant.spawn(workload.prompt(number, bench.stock))
-        heapq.heappush(due, (time.monotonic() + pause_s, 0, number))
+        due.append((time.monotonic() + pause_s, number))
+
+    def turn(number: int) -> float | None:
+        tenant = tenants[number]
+        taken[number] += 1
+        pause_s = None if taken[number] == workload.rounds else float(draws[taken[number], number])
+        tenant.expected_resume_s = pause_s if hinted else None
+        times = tenant.turn()
+        with recording:
+            exp.result.sample("found_resident", float(tenant.found_resident), "share", **dims, session=number)
+            pressure.record_times(exp, times, dims | {"session": number})
+        return pause_s
 
     callers.share(exp.progress.track(range(workload.sessions), f"{variant}: spawn"), arrive, alone=True)
-    condition = threading.Condition()
-    busy = 0
-
-    def serve() -> None:
-        nonlocal busy
-        with torch.inference_mode():
-            while True:
-                with condition:
-                    while due and due[0][0] > time.monotonic():
-                        condition.wait(due[0][0] - time.monotonic())
-                    if not due:
-                        if not busy:
-                            condition.notify_all()
-                            return
-                        condition.wait()
-                        continue
-                    _, turn, number = heapq.heappop(due)
-                    busy += 1
-                tenant, last = tenants[number], turn + 1 == workload.rounds
-                pause_s = 0.0 if last else float(draws[turn + 1, number])
-                tenant.expected_resume_s = None if last or not hinted else pause_s
-                times = tenant.turn()
-                with condition:
-                    busy -= 1
-                    exp.result.sample("found_resident", float(tenant.found_resident), "share", **dims)
-                    pressure.record_times(exp, times, dims)
-                    if not last:
-                        heapq.heappush(due, (time.monotonic() + pause_s, turn + 1, number))
-                    condition.notify_all()
-
-    callers.together(serve)
+    callers.when_due(due, turn)
     share = np.mean(
         [r["value"] for r in exp.result.samples if r["metric"] == "found_resident" and r["variant"] == variant]
     )

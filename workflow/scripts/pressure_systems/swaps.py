@@ -15,8 +15,13 @@ Interval = tuple[float, float]
 LOG = "pressure.log"  # beside the results
 
 
-def record(exp: Experiment, events: Sequence[PagerEvent], origin: Event, dims: dict[str, Any]) -> None:
-    """Samples of every swap and eviction. `origin` was recorded, with timing, before any of them."""
+def record(
+    exp: Experiment, events: Sequence[PagerEvent], origin: Event, numbers: dict[str, int], dims: dict[str, Any]
+) -> None:
+    """Samples of every swap and eviction, of the sessions of these `numbers`, by id.
+
+    `origin` was recorded, with timing, before any of them.
+    """
     moving: dict[str, list[Interval]] = {"swap_in": [], "swap_out": []}
     moved_bytes = 0
     for event in events:
@@ -25,8 +30,9 @@ def record(exp: Experiment, events: Sequence[PagerEvent], origin: Event, dims: d
             interval = (origin.elapsed_time(begin), origin.elapsed_time(end))
             moving[event.event].append(interval)
             moved_bytes += event.bytes
-            exp.result.sample(f"{event.event}_ms", interval[1] - interval[0], "ms", **dims)
-            exp.result.sample(f"{event.event}_bytes", event.bytes, "bytes", **dims)
+            whose = dims | {"session": numbers[event.session]}
+            exp.result.sample(f"{event.event}_ms", interval[1] - interval[0], "ms", **whose)
+            exp.result.sample(f"{event.event}_bytes", event.bytes, "bytes", **whose)
         elif event.event in ("disk_write", "disk_read"):
             exp.result.sample(f"{event.event}_bytes", event.bytes, "bytes", **dims)
     evicted = sum(event.bytes for event in events if event.event == "evict")
@@ -35,10 +41,14 @@ def record(exp: Experiment, events: Sequence[PagerEvent], origin: Event, dims: d
     exp.result.sample("swap_in_alone_ms", alone_in, "ms", **dims)
     exp.result.sample("swap_out_alone_ms", alone_out, "ms", **dims)
     exp.result.sample("swap_both_ms", both, "ms", **dims)
-    rates = exp.result.limits["before"]
-    possible = alone_in * rates["h2d_gbps"] + alone_out * rates["d2h_gbps"] + both * rates["bidirectional_gbps"]
-    if possible:
-        exp.result.sample("swap_rate_ratio", moved_bytes / (possible * 1e6), "ratio", **dims)
+
+    def record_rate() -> None:
+        rates = exp.result.limits
+        possible = alone_in * rates["h2d_gbps"] + alone_out * rates["d2h_gbps"] + both * rates["bidirectional_gbps"]
+        if possible:
+            exp.result.sample("swap_rate_ratio", moved_bytes / (possible * 1e6), "ratio", **dims)
+
+    exp.at_end.append(record_rate)
 
 
 def overlap(first: Iterable[Interval], second: Iterable[Interval]) -> tuple[float, float, float]:

@@ -7,6 +7,7 @@ turn's tokens are compared with a stock model that never paused.
 
 from __future__ import annotations
 
+import heapq
 import os
 import threading
 import time
@@ -176,6 +177,55 @@ class Callers:
                         except BaseException:
                             stop()
                             raise
+
+        try:
+            return self.together(call)
+        except BaseException:
+            stop()
+            raise
+
+    def when_due(self, due: list[tuple[float, int]], work: Callable[[int], float | None]) -> float:
+        """Call `work` for each (time, number) in `due` when its time has come; returns what `together` does.
+
+        Times are of `time.monotonic`. What `work` returns is in how many seconds that number is due again, if it is.
+        Where one fails, or is interrupted, nobody else begins.
+        """
+        changed, busy, stopped = threading.Condition(), 0, False
+        heapq.heapify(due)
+
+        def stop() -> None:
+            nonlocal stopped
+            with changed:
+                stopped = True
+                changed.notify_all()
+
+        def take() -> int | None:
+            nonlocal busy
+            with changed:
+                while not stopped and (due or busy):
+                    left_s = due[0][0] - time.monotonic() if due else None
+                    if left_s is not None and left_s <= 0:
+                        busy += 1
+                        return heapq.heappop(due)[1]
+                    changed.wait(left_s)
+            return None
+
+        def call() -> None:
+            nonlocal busy
+            with torch.inference_mode():
+                while (number := take()) is not None:
+                    again_s = None
+                    try:
+                        again_s = work(number)
+                    except BaseException:
+                        stop()
+                        raise
+                    finally:
+                        with changed:
+                            busy -= 1
+                            if again_s is not None:
+                                heapq.heappush(due, (time.monotonic() + again_s, number))
+                            changed.notify_all()
 
         try:
             return self.together(call)

@@ -1,0 +1,216 @@
+"""Reading from disk takes seconds: who needs no disk does not wait for it, and a resume reads before a prefetch."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from djinn_core.errors import OutOfDisk, OutOfHostMemory
+from djinn_core.sessions import Session, SessionState, ahead, bringin, link, tiers
+from tests.sessions.oracle import Oracle, likely, prompt
+from tests.sessions.rigs import LAYERS, MakeRig, Rig, released, spill, wait_for
+
+pytestmark = pytest.mark.timeout(60)  # the watchdog: a read that nobody lets through
+SESSION_BYTES = LAYERS * (64 << 10)
+
+
+class SlowDisk:
+    """Reads that wait until they are let through, or long enough. `begun`, `ended`: how many have."""
+
+    def __init__(self, rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.ended, self.through, read = 0, 0, threading.Event(), rig.disk.read
+
+        def slow(block: object, dst: torch.Tensor) -> None:
+            self.begun += 1
+            self.through.wait(10)
+            read(block, dst)
+            self.ended += 1
+
+        monkeypatch.setattr(rig.disk, "read", slow)
+
+
+@pytest.fixture
+def full(make_rig: MakeRig) -> Iterator[Rig]:
+    """A device that is full of clean sessions: whoever comes back has to make one leave."""
+    rig = make_rig(device_bytes=4 * SESSION_BYTES, host_bytes=12 * SESSION_BYTES, disk_bytes=24 * SESSION_BYTES)
+    yield rig
+    wait_for(lambda: rig.sessions.pager.link.idle)
+
+
+def on_disk(rig: Rig, seed: int) -> Session:
+    session = released(rig, seed)
+    spill(rig, session)
+    return session
+
+
+def fill(rig: Rig) -> None:
+    for seed in range(10, 13):
+        session = rig.open()
+        session.forward(prompt(seed=seed))
+        session.pause(expected_resume_s=100.0)
+        session.wait_until("clean", 10)
+
+
+@pytest.mark.parametrize("reads", ["prefetch", "resume"])
+def test_who_only_needs_room_does_not_wait_for_a_read(full: Rig, monkeypatch: pytest.MonkeyPatch, reads: str) -> None:
+    monkeypatch.setattr(ahead, "keep_room", lambda pager: None)
+    far, near, oracle = on_disk(full, 1), released(full, 2), Oracle(full.stock)
+    fill(full)
+    assert full.pool.free_bytes < SESSION_BYTES
+    slow, ids = SlowDisk(full, monkeypatch), likely(oracle.forward(prompt(seed=2)))
+    getattr(far, reads)()
+    wait_for(lambda: slow.begun)
+    near.resume()
+    assert torch.equal(near.forward(ids), oracle.forward(ids))
+    assert slow.ended == 0, "the read was waited for"
+    slow.through.set()
+
+
+def test_room_is_kept_beside_a_read(full: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[float] = []
+    far, slow = on_disk(full, 1), SlowDisk(full, monkeypatch)
+    monkeypatch.setattr(ahead, "keep_room", lambda pager: looks.append(time.monotonic()))
+    far.prefetch()
+    wait_for(lambda: slow.begun)
+    looks.clear()
+    wait_for(lambda: len(looks) > 1)
+    slow.through.set()
+
+
+def test_a_resume_reads_before_the_rest_of_a_prefetch(full: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing is read twice."""
+    expected, wanted = on_disk(full, 1), on_disk(full, 2)
+    slow, pager = SlowDisk(full, monkeypatch), full.sessions.pager
+    expected.prefetch()
+    wait_for(lambda: slow.begun)
+    wanted.resume()
+    wait_for(lambda: pager.link.reads_wanted)
+    slow.through.set()
+    for session, what in ((wanted, "restored"), (expected, "restored")):
+        session.wait_until(what, 10)
+    reads = [event.session for event in pager.events if event.event == "disk_read"]
+    assert reads == [expected.id, *[wanted.id] * LAYERS, *[expected.id] * (LAYERS - 1)]
+
+
+def test_a_prefetch_that_nobody_wants_any_more_stops_reading(full: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, slow = on_disk(full, 1), SlowDisk(full, monkeypatch)
+    session.prefetch()
+    wait_for(lambda: slow.begun)
+    closing = threading.Thread(target=session.close)
+    closing.start()
+    wait_for(lambda: session._holding.jobs and session._holding.jobs[0].cancelled)
+    slow.through.set()
+    closing.join(10)
+    assert slow.begun == 1
+
+
+def test_without_a_disk_no_thread_reads(make_rig: MakeRig) -> None:
+    before = [each.name for each in threading.enumerate()].count("djinn-disk")
+    rigs = [make_rig(), make_rig(disk_bytes=SESSION_BYTES)]
+    assert [each.name for each in threading.enumerate()].count("djinn-disk") == before + 1
+    for rig in rigs:
+        rig.close()
+    assert [each.name for each in threading.enumerate()].count("djinn-disk") == before
+
+
+def test_what_flies_is_looked_at_by_one_thread_at_a_time(full: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who resumes looks whether he is alone, while the link's thread takes out what has arrived."""
+    other: list[threading.Thread] = []
+
+    class Flying(deque):
+        """Another thread takes something out in the middle of a look."""
+
+        def __iter__(self) -> Iterator:
+            rows = super().__iter__()
+            if other:
+                yield from rows
+                return
+            yield next(rows)
+            other.append(threading.Thread(target=of._has_room))
+            other[-1].start()
+            other[-1].join(0.2)
+            yield from rows
+
+    of = full.sessions.pager.link
+    event = full.device.event()
+    event.record(full.sessions.pager.h2d)
+    event.synchronize()
+    monkeypatch.setattr(of, "_flying", Flying([(None, event, 1), (None, event, 1)]))
+    assert of._serves_nobody()
+    other[0].join(10)
+    assert not of._flying
+
+
+def test_a_slow_disk_does_not_use_up_the_patience(full: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What spilling takes is work, not waiting."""
+    of, left_s = full.sessions.pager.tiers, []
+    taken = full.host.allocate(full.host.free_bytes, "all of it")
+    answers = iter(
+        [None, OutOfDisk("full", needed_bytes=1, free_bytes=0), OutOfDisk("full", needed_bytes=1, free_bytes=0)]
+    )
+
+    def make_room(*_: object) -> OutOfDisk | None:
+        time.sleep(0.3)
+        return next(answers)
+
+    def wait_for_transfers(owner: str, give_up_s: float) -> bool:
+        left_s.append(give_up_s - time.monotonic())
+        return False
+
+    monkeypatch.setattr(of, "_make_room", make_room)
+    monkeypatch.setattr(of, "wait_for_transfers", wait_for_transfers)
+    monkeypatch.setattr(tiers, "PATIENCE_S", 0.5)
+    with pytest.raises(OutOfHostMemory):
+        of.allocate(64 << 10, "s")
+    assert 0 < left_s[0] <= 0.25, "the second try took 0.3 s of 0.5"
+    taken.free()
+
+
+def test_who_waits_for_another_eviction_has_his_patience_left(full: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(full)
+    pager, left_s, held = full.sessions.pager, [], threading.Event()
+    session = full.open()
+    wait_for_transfers = pager.tiers.wait_for_transfers
+
+    def waits(owner: str, give_up_s: float, *of: object) -> bool:
+        left_s.append(give_up_s - time.monotonic())
+        return wait_for_transfers(owner, give_up_s, *of)
+
+    def hold() -> None:
+        with pager._acquiring:
+            held.set()
+            time.sleep(0.5)
+
+    monkeypatch.setattr(pager.tiers, "wait_for_transfers", waits)
+    monkeypatch.setattr(pager, "_make_room", lambda *_: False)
+    monkeypatch.setattr(pager, "_able", lambda *_: [])
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    with pytest.raises(Exception, match="needs"):
+        session.forward(prompt(tokens=40))
+        full.open().forward(prompt(tokens=40))
+    holder.join()
+    assert left_s[0] > tiers.PATIENCE_S - 0.3
+
+
+def test_a_smaller_budget_waits_for_who_is_on_his_way(make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bringin, "STEP_BYTES", 1)
+    monkeypatch.setattr(link, "QUEUED_BYTES", 1)
+    rig = make_rig(device_bytes=3 * SESSION_BYTES)
+    session, oracle = released(rig, 1), Oracle(rig.stock)
+    ids = likely(oracle.forward(prompt(seed=1)))
+    rig.device.link_gbps = 20e-6
+    session.prefetch()
+    wait_for(lambda: session._holding.mapped)
+    rig.sessions.pager.resize(rig.pool.budget_bytes - 2 * SESSION_BYTES)
+    rig.device.link_gbps = None
+    assert session.state is SessionState.SWAPPED
+    rig.sessions.pager.resize(3 * SESSION_BYTES)
+    session.resume()
+    assert torch.equal(session.forward(ids), oracle.forward(ids))
