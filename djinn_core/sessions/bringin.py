@@ -53,7 +53,7 @@ class BringIn:
         cancelled: nothing more is wanted of it; it ends before its next step.
         by_pass: the pass maps its layers, one by one, as it comes to them.
         followed: a pass relies on it for all that it needs.
-        reads: something of it has to be read from disk, as far as is known.
+        reads, fetched: something of it has to be read from disk, as far as is known; it has been read once.
         done: nothing more will be issued; `error` says why, if it failed.
         marks: (what had been done, when) by the thread that resumes, in order.
     """
@@ -71,7 +71,7 @@ class BringIn:
         self.begun, self.restored = (pager.device.event(timing=True) for _ in range(2))
         self.changed = threading.Condition()
         self.bytes = 0
-        self.done = self.cancelled = self.by_pass = self.followed = self.reads = self._prepared = False
+        self.done = self.cancelled = self.by_pass = self.followed = self.reads = self.fetched = self._prepared = False
         self.error: DjinnError | None = None
         self.marks: list[tuple[str, float]] = []
         self.wanted_s = time.perf_counter()
@@ -192,8 +192,7 @@ class BringIn:
     def prepare(self, *, wait: bool, read: bool = False) -> bool:
         """Plan, and hold all that the steps need; False, and nothing held, when that has to be done elsewhere.
 
-        Without `wait` when someone would have to be waited for, as others that have to leave the device first; without
-        `read` when something is on disk; and when a prefetch reads while a resume wants to.
+        Without `wait` when others have to be waited for, or to leave the device; without `read` when it is on disk.
         """
         self.begun_s = time.perf_counter()
         try:
@@ -321,20 +320,23 @@ class BringIn:
             self._wants.claim_tails()
         return True
 
+    def on_disk(self) -> list[Block]:
+        """What has to be read from there before it can be prepared."""
+        with self._pager.lock:
+            wants = [want for layer in self._left for want in self._wants.of(layer)]
+            return [want.source or want.block for want in wants if self._wants.on_disk(want)]
+
     def _flat(self) -> list[Want]:
         return [want for row in self._rows.values() for want in row]
 
     def _prepare_sources(self) -> bool:
         """Everything that will be read is on the device of a lender, or whole on the host, where it stays."""
         pager, holding = self._pager, self.holding
-        here = [want.source for want in self._flat() if self._wants.replaces(want)]
-        if here:
+        if here := [want.source for want in self._flat() if self._wants.replaces(want)]:
             pager.displace(holding, here)
         for want in self._flat():
             wanted = want.source or want.block
             if want.lender is None and wanted.device is None and wanted.disk is not None:
-                if self.prefetch and (self.cancelled or pager.link.reads_wanted):
-                    return False
                 pager.tiers.fetch(wanted, holding.id)
         return True
 

@@ -245,10 +245,30 @@ class Link:
             self._pager.count_callers()
             try:
                 self._pager.device.bind_thread()
-                prepared = not job.left or job.prepare(wait=True, read=reads)
-                self._go(job, Stage.PREPARED if prepared else Stage.BLOCKED)
+                self._go(job, Stage.PREPARED if self._prepared(job, reads) else Stage.BLOCKED)
             except BaseException as error:  # noqa: BLE001 - the thread's edge: whoever waits for the job is told
                 self._end(job, error)
+
+    def _prepared(self, job: BringIn, reads: bool) -> bool:
+        """Whether it holds all that it needs, or nothing is wanted of it any more; else it goes to the other one."""
+        if not job.left:
+            return True
+        if reads and not job.fetched:
+            self._read(job)
+            return False
+        return job.prepare(wait=True, read=reads)
+
+    def _read(self, job: BringIn) -> None:
+        """Bring what it needs from disk to the host. A prefetch stops for a resume, and what it has read stays there.
+
+        Nothing is claimed meanwhile: seconds in which what it shares with others could not leave. Where that costs it
+        what was read, it is read again with all claimed.
+        """
+        for stored in job.on_disk():
+            if job.prefetch and (job.cancelled or self.reads_wanted):
+                return
+            self._pager.tiers.fetch(stored, job.holding.id)
+        job.reads, job.fetched = False, True
 
     def _pick_blocked(self, reads: bool) -> BringIn | None:
         """The most urgent of those that have to read from disk, or do not, as far as is known. The lock is held."""

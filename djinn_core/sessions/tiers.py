@@ -42,6 +42,7 @@ class Tiers:
         self.host = host
         self.disk = disk
         self._fetching: set[Stored] = set()
+        self._reading: list[str] = []  # whose reads are under way, with room on the host
 
     @property
     def disk_free_bytes(self) -> int:
@@ -116,7 +117,8 @@ class Tiers:
         block = self.allocate(stored.size_bytes, owner)
         begun_s = time.perf_counter()
         try:
-            self.disk.read(stored.disk, block.tensor[: stored.disk.size_bytes])
+            with self._read_under_way(owner):
+                self.disk.read(stored.disk, block.tensor[: stored.disk.size_bytes])
         except IntegrityError as error:
             block.free()
             raise IntegrityError(f"session {owner} has lost a part of its state: {error}") from error
@@ -134,6 +136,17 @@ class Tiers:
                 old.free()
             self._drop_disk(stored)
         self._pager.log_id(owner, "disk_read", stored.host_valid_bytes, time.perf_counter() - begun_s)
+
+    @contextmanager
+    def _read_under_way(self, owner: str) -> Iterator[None]:
+        """Meanwhile who looks for room waits: what is read can be spilled again, or leave the device."""
+        with self._pager.lock:
+            self._reading.append(owner)
+        try:
+            yield
+        finally:
+            with self._pager.lock:
+                self._reading.remove(owner)
 
     def discard_orphans(self, holding: Holding) -> bool:
         """Give up the blocks that going back has left without a holder; False when there were none."""
@@ -249,7 +262,7 @@ class Tiers:
         with self._pager.lock, self.seeking(self._pager.holdings.get(owner)):
             left_s = give_up_s - time.monotonic()
             others = [h for h in self._pager.holdings.values() if h.id != owner]
-            moving = [h for h in others if h.in_motion()]
+            moving = [h for h in others if h.in_motion() or h.id in self._reading]
             if left_s <= 0 or not any(of(h) for h in others if h in moving or (moving and h.pins)):
                 return False
             self._pager.lock.wait(min(left_s, POLL_S))

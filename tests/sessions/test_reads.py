@@ -11,23 +11,25 @@ import pytest
 import torch
 
 from djinn_core.errors import OutOfDisk, OutOfHostMemory
-from djinn_core.sessions import Session, SessionState, ahead, bringin, link, tiers
+from djinn_core.sessions import Session, SessionState, ahead, blocks, bringin, link, tiers
 from tests.sessions.oracle import Oracle, likely, prompt
 from tests.sessions.rigs import LAYERS, MakeRig, Rig, released, spill, wait_for
 
 pytestmark = pytest.mark.timeout(60)  # the watchdog: a read that nobody lets through
-SESSION_BYTES = LAYERS * (64 << 10)
+UNIT = 64 << 10
+SESSION_BYTES = LAYERS * UNIT
 
 
 class SlowDisk:
-    """Reads that wait until they are let through, or long enough. `begun`, `ended`: how many have."""
+    """Reads that wait, but for the first `free` ones, until they are let through. `begun`, `ended`: how many have."""
 
-    def __init__(self, rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, rig: Rig, monkeypatch: pytest.MonkeyPatch, free: int = 0) -> None:
         self.begun, self.ended, self.through, read = 0, 0, threading.Event(), rig.disk.read
 
         def slow(block: object, dst: torch.Tensor) -> None:
             self.begun += 1
-            self.through.wait(10)
+            if self.begun > free:
+                self.through.wait(10)
             read(block, dst)
             self.ended += 1
 
@@ -69,6 +71,82 @@ def test_who_only_needs_room_does_not_wait_for_a_read(full: Rig, monkeypatch: py
     assert torch.equal(near.forward(ids), oracle.forward(ids))
     assert slow.ended == 0, "the read was waited for"
     slow.through.set()
+
+
+@pytest.fixture
+def branches(make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> tuple[Rig, Session, Session, Session]:
+    """Two forks, the first one running, the own blocks of the second one on disk; and a session off the device."""
+    monkeypatch.setattr(blocks, "MAX_BLOCK_BYTES", UNIT)
+    monkeypatch.setattr(ahead, "keep_room", lambda pager: None)
+    rig = make_rig(device_bytes=60 * UNIT, host_bytes=200 * UNIT, disk_bytes=200 * UNIT)
+    stranger, first = released(rig, 2), rig.open(max_length=250)
+    first.forward(prompt(tokens=140, seed=5))
+    second = first.fork()
+    second.resume()
+    second.forward(prompt(tokens=40, seed=6))
+    first.forward(torch.tensor([[5]]))
+    second.pause(release=True)
+    second.wait_until("released", 10)
+    own = [block for block in second._holding.table if block.device is None and block.host is not None]
+    assert own and all(rig.sessions.pager.tiers._spill(second._holding, block) for block in own)
+    return rig, first, second, stranger
+
+
+@pytest.mark.parametrize("reads", ["prefetch", "resume"])
+def test_who_lends_to_one_that_is_read_may_leave_meanwhile(
+    branches, monkeypatch: pytest.MonkeyPatch, reads: str
+) -> None:
+    """Nothing is claimed in the seconds of a read."""
+    rig, first, second, stranger = branches
+    oracle = Oracle(rig.stock)
+    ids = likely(oracle.forward(prompt(seed=2)))
+    first.pause(expected_resume_s=1000.0)
+    first.wait_until("clean", 10)
+    rig.sessions.pager.resize(rig.pool.held_bytes + 2 * UNIT)
+    slow = SlowDisk(rig, monkeypatch)
+    getattr(second, reads)()
+    wait_for(lambda: slow.begun)
+    stranger.resume()
+    assert torch.equal(stranger.forward(ids), oracle.forward(ids))
+    assert first.state is SessionState.SWAPPED and slow.ended == 0
+    slow.through.set()
+    wait_for(lambda: rig.sessions.pager.link.idle)
+
+
+def test_a_fork_that_the_host_has_does_not_wait_for_the_others_read(branches, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig, first, second, _ = branches
+    first.pause(release=True)
+    first.wait_until("released", 10)
+    slow = SlowDisk(rig, monkeypatch)
+    second.prefetch()
+    wait_for(lambda: slow.begun)
+    first.resume()
+    first.wait_until("restored", 5)
+    assert slow.ended == 0
+    slow.through.set()
+    wait_for(lambda: rig.sessions.pager.link.idle)
+
+
+def test_a_read_under_way_is_waited_for_where_the_host_is_full(make_rig: MakeRig, monkeypatch) -> None:
+    """What it reads can be spilled a moment later: nobody is refused for it."""
+    monkeypatch.setattr(ahead, "keep_room", lambda pager: None)
+    rig = make_rig(device_bytes=40 * UNIT, host_bytes=2 * SESSION_BYTES, disk_bytes=60 * SESSION_BYTES)
+    oracle, pager, said = Oracle(rig.stock), rig.sessions.pager, []
+    far, near, dirty = on_disk(rig, 1), released(rig, 2), rig.open()
+    ids = likely(oracle.forward(prompt(seed=2)))
+    dirty.forward(prompt(seed=3))
+    pager.resize(rig.pool.held_bytes)
+    slow = SlowDisk(rig, monkeypatch, free=LAYERS - 1)
+    far.prefetch()
+    wait_for(lambda: slow.begun == LAYERS)
+    caller = threading.Thread(target=lambda: (near.resume(), said.append(near.forward(ids))))
+    dirty.pause(expected_resume_s=1000.0)
+    caller.start()
+    time.sleep(0.2)
+    slow.through.set()
+    caller.join(10)
+    assert torch.equal(said[0], oracle.forward(ids)) and dirty.state is SessionState.SWAPPED
+    wait_for(lambda: pager.link.idle)
 
 
 def test_room_is_kept_beside_a_read(full: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

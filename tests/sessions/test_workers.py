@@ -211,7 +211,7 @@ def test_in_the_thread_that_issues(rig: Rig, monkeypatch, call, error, stop_afte
 @pytest.mark.parametrize("call", ["tiers.fetch", "disk.read", "host.allocate", "pool.acquire_all"])
 @pytest.mark.parametrize("stop_after", [None, 2])
 def test_in_the_thread_that_waits(make_rig: MakeRig, monkeypatch, call, error, stop_after) -> None:
-    """What lies on disk is read by a worker of its own."""
+    """What lies on disk is read by a worker of its own; the other one does the rest."""
     monkeypatch.setattr(link, "look_ahead", lambda pager: None)
     rig = make_rig(disk_bytes=8 * SESSION_BYTES)
     where, name = call.split(".")
@@ -221,7 +221,7 @@ def test_in_the_thread_that_waits(make_rig: MakeRig, monkeypatch, call, error, s
     session.pause(release=True)
     session.wait_until("released", 10)
     spill(rig, session)
-    bomb = Bomb(monkeypatch, owner_of(rig, where), name, READER, error)
+    bomb = Bomb(monkeypatch, owner_of(rig, where), name, AHEAD if where == "pool" else READER, error)
     with pytest.raises(WorkerError) as caught:
         go_on(session, ids)
     assert bomb.fired
