@@ -134,9 +134,9 @@ class Link:
             flying = [event for _, event, _ in self._flying]
         return not waits and all(map(self._arrived, flying))
 
-    def _pick(self, *stages: Stage) -> BringIn | None:
-        """The most urgent in one of `stages`. The lock is held."""
-        jobs = [job for job, stage in self._stages.items() if stage in stages]
+    def _pick(self, *stages: Stage, reads: bool | None = None) -> BringIn | None:
+        """The most urgent in one of `stages`, of those whose `reads` is this if it is given. The lock is held."""
+        jobs = [job for job, stage in self._stages.items() if stage in stages and reads in (None, job.reads)]
         return min(jobs, key=lambda job: job.urgency, default=None)
 
     def _to_issue(self) -> BringIn | None:
@@ -230,7 +230,7 @@ class Link:
         look_s = time.monotonic()
         while True:
             with self._changed:
-                job = self._pick_blocked(reads)
+                job = self._pick(Stage.BLOCKED, reads=reads)
                 if job is not None:
                     self._stages[job] = Stage.WAITING
                 elif self._closed:
@@ -269,11 +269,6 @@ class Link:
                 return
             self._pager.tiers.fetch(stored, job.holding.id)
         job.reads, job.fetched = False, True
-
-    def _pick_blocked(self, reads: bool) -> BringIn | None:
-        """The most urgent of those that have to read from disk, or do not, as far as is known. The lock is held."""
-        jobs = [job for job, stage in self._stages.items() if stage is Stage.BLOCKED and job.reads is reads]
-        return min(jobs, key=lambda job: job.urgency, default=None)
 
     def _look_ahead(self) -> None:
         self._pager.count_callers()

@@ -16,7 +16,7 @@ TOKENS = 60
 
 @pytest.fixture
 def grown(make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> Rig:
-    """Room for a session of two blocks a layer and one of one, less a layer's block."""
+    """Room for a session of two blocks a layer, or for two of one, and not for one of each."""
     monkeypatch.setattr(blocks, "MAX_BLOCK_BYTES", UNIT)
     return make_rig(device_bytes=12 * UNIT)
 

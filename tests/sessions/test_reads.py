@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from djinn_core.errors import OutOfDisk, OutOfHostMemory
+from djinn_core.errors import OutOfDeviceMemory, OutOfDisk, OutOfHostMemory
 from djinn_core.sessions import Session, SessionState, ahead, blocks, bringin, link, tiers
 from tests.sessions.oracle import Oracle, likely, prompt
 from tests.sessions.rigs import LAYERS, MakeRig, Rig, released, spill, wait_for
@@ -270,9 +270,8 @@ def test_who_waits_for_another_eviction_has_his_patience_left(full: Rig, monkeyp
     holder = threading.Thread(target=hold)
     holder.start()
     held.wait()
-    with pytest.raises(Exception, match="needs"):
+    with pytest.raises(OutOfDeviceMemory, match="needs"):
         session.forward(prompt(tokens=40))
-        full.open().forward(prompt(tokens=40))
     holder.join()
     assert left_s[0] > tiers.PATIENCE_S - 0.3
 

@@ -14,7 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,29 +160,15 @@ class Callers:
         """
         turn, pending = Turn(), iter(items)
 
+        def take() -> int | None:
+            with turn:
+                return next(pending, None)
+
         def stop() -> None:
             nonlocal pending
             pending = iter(())
 
-        def call() -> None:
-            with torch.inference_mode():
-                while True:
-                    with turn if alone else nullcontext():
-                        with turn:
-                            item = next(pending, None)
-                        if item is None:
-                            return
-                        try:
-                            work(item)
-                        except BaseException:
-                            stop()
-                            raise
-
-        try:
-            return self.together(call)
-        except BaseException:
-            stop()
-            raise
+        return self._serve(take, work, stop, turn if alone else nullcontext())
 
     def when_due(self, due: list[tuple[float, int]], work: Callable[[int], float | None]) -> float:
         """Call `work` for each (time, number) in `due` when its time has come; returns what `together` does.
@@ -210,22 +196,40 @@ class Callers:
                     changed.wait(left_s)
             return None
 
-        def call() -> None:
+        def serve(number: int) -> None:
             nonlocal busy
+            again_s = None
+            try:
+                again_s = work(number)
+            finally:
+                with changed:
+                    busy -= 1
+                    if again_s is not None:
+                        heapq.heappush(due, (time.monotonic() + again_s, number))
+                    changed.notify_all()
+
+        return self._serve(take, serve, stop, nullcontext())
+
+    def _serve(
+        self,
+        take: Callable[[], int | None],
+        work: Callable[[int], None],
+        stop: Callable[[], None],
+        around: AbstractContextManager,
+    ) -> float:
+        """In each of them `work` for what it takes, both within `around`, until that is None; `stop` if one fails."""
+
+        def call() -> None:
             with torch.inference_mode():
-                while (number := take()) is not None:
-                    again_s = None
-                    try:
-                        again_s = work(number)
-                    except BaseException:
-                        stop()
-                        raise
-                    finally:
-                        with changed:
-                            busy -= 1
-                            if again_s is not None:
-                                heapq.heappush(due, (time.monotonic() + again_s, number))
-                            changed.notify_all()
+                while True:
+                    with around:
+                        if (item := take()) is None:
+                            return
+                        try:
+                            work(item)
+                        except BaseException:
+                            stop()
+                            raise
 
         try:
             return self.together(call)
