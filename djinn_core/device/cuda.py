@@ -24,6 +24,7 @@ import torch
 from cuda.bindings import driver
 
 from djinn_core.device.base import Device, Direction, Event, HostBytes, Stream, maps_within
+from djinn_core.device.cudaevents import CudaEvent
 from djinn_core.device.cudagraphs import CudaGraphs
 from djinn_core.device.drivercalls import checked, describe
 from djinn_core.device.heldcalls import HeldCalls
@@ -34,7 +35,6 @@ _PORTABLE = driver.CU_MEMHOSTREGISTER_PORTABLE
 _EQUAL = int(driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_EQ)
 _idle_streams: dict[tuple[int, int], list[int]] = defaultdict(list)  # of closed devices, by index and priority
 RECORDING_S = 1.0  # a layer takes some milliseconds
-BATCHES_FROM = 12_080  # the CUDA version of the driver that has cuMemcpyBatchAsync; older ones get a call per copy
 
 
 def check_copy(dst: torch.Tensor, src: torch.Tensor) -> None:
@@ -91,7 +91,6 @@ class CudaDevice(Device):
         order = driver.CUmemcpyAttributes()
         order.srcAccessOrder = driver.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
         self._in_stream_order = [order]
-        self._takes_batches = checked("cuDriverGetVersion", driver.cuDriverGetVersion()) >= BATCHES_FROM
 
         minimum = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
         self._enter()
@@ -201,7 +200,7 @@ class CudaDevice(Device):
         return torch.cuda.current_stream(self._index)
 
     def event(self, timing: bool = False, *, blocking: bool = False) -> Event:
-        return torch.cuda.Event(enable_timing=timing, blocking=blocking)
+        return CudaEvent(self._index, self._held, self._enter, timing, blocking)
 
     def launch(self, stream: Stream, work: Callable[[], None]) -> None:
         self._enter()
@@ -270,7 +269,7 @@ class CudaDevice(Device):
             for at in range(0, size_bytes, piece_bytes):  # sums of addresses: slices would take as long as the call
                 pieces.append((to + at, there + at, min(piece_bytes, size_bytes - at)))
         on = stream.cuda_stream
-        if self._calls is self._held or not self._takes_batches:
+        if self._calls is self._held or not self._held.takes_batches:
             if begun is not None:
                 begun.record(stream)
             for to, there, size_bytes in pieces:
@@ -282,13 +281,11 @@ class CudaDevice(Device):
 
     def _batch(self, pieces: Sequence[tuple[int, int, int]], stream: Stream, begun: Event | None) -> None:
         self._enter()
-        targets = [driver.CUdeviceptr(to) for to, _, _ in pieces]
-        sources = [driver.CUdeviceptr(there) for _, there, _ in pieces]
-        sizes = [size_bytes for _, _, size_bytes in pieces]
+        targets, sources, sizes = (list(column) for column in zip(*pieces, strict=True))
         how, on = self._in_stream_order, stream.cuda_stream
         if begun is not None:
             begun.record(stream)
-        code = driver.cuMemcpyBatchAsync(targets, sources, sizes, len(sizes), how, [0], 1, on)[0]
+        code = self._held.cuMemcpyBatchAsync(targets, sources, sizes, len(sizes), how, [0], 1, on)[0]
         if code:
             what = f"{len(sizes)} copies of {sum(sizes):,} bytes"
             raise TransferError(f"{describe('cuMemcpyBatchAsync', code)} for {what}; nothing was copied")

@@ -3,8 +3,8 @@
 `cuda.bindings` gives the interpreter away in every call, also in one of a few microseconds; beside a thread that runs
 Python, the next line is then executed up to a switch interval (`sys.getswitchinterval`) later. A resume makes seven
 such calls before its first layer is on the link. These go through `ctypes.PyDLL`, which does not give it away; names,
-arguments and results are those of the bindings. None of them waits for work on the device, and the driver runs no
-Python, so nobody who is waited for within needs the interpreter.
+arguments and results are those of the bindings (of CUDA 13). None of them waits for work on the device, and the driver
+runs no Python, so nobody who is waited for within needs the interpreter.
 
 Not taken: a short switch interval. All threads would change places more often, and every change costs them both.
 """
@@ -20,6 +20,7 @@ _LIBRARY = "libcuda.so.1"
 _ADDRESS = _SIZE = _LONG = ctypes.c_uint64
 _POINTER = ctypes.c_void_p
 _WORD = ctypes.c_uint32
+_BATCH = "cuMemcpyBatchAsync_v2"
 
 
 class HeldCalls:
@@ -39,6 +40,12 @@ class HeldCalls:
         self._info = call("cuMemGetInfo_v2", _POINTER, _POINTER)
         self._copy = call("cuMemcpyAsync", _ADDRESS, _ADDRESS, _SIZE, _POINTER)
         self._wait_value = call("cuStreamWaitValue32_v2", _POINTER, _ADDRESS, _WORD, _WORD)
+        self._record = call("cuEventRecord", _POINTER, _POINTER)
+        self._query = call("cuEventQuery", _POINTER)
+        self._wait_event = call("cuStreamWaitEvent", _POINTER, _POINTER, _WORD)
+        self.takes_batches = hasattr(library, _BATCH)  # from CUDA 13
+        if self.takes_batches:
+            self._batch = call(_BATCH, _POINTER, _POINTER, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _POINTER)
 
     def cuMemCreate(self, size: int, prop: driver.CUmemAllocationProp, flags: int) -> tuple[Any, int]:
         handle = _LONG()
@@ -59,6 +66,32 @@ class HeldCalls:
 
     def cuMemcpyAsync(self, dst: Any, src: int, size: int, stream: Any) -> tuple[Any]:
         return (driver.CUresult(self._copy(int(dst), src, size, int(stream))),)
+
+    def cuMemcpyBatchAsync(
+        self,
+        dsts: list[int],
+        srcs: list[int],
+        sizes: list[int],
+        count: int,
+        attrs: list[driver.CUmemcpyAttributes],
+        attrs_idxs: list[int],
+        num_attrs: int,
+        stream: int,
+    ) -> tuple[Any]:
+        [order] = attrs  # an array of one
+        to, there, lengths = ((_SIZE * count)(*column) for column in (dsts, srcs, sizes))
+        first = (_SIZE * num_attrs)(*attrs_idxs)
+        code = self._batch(to, there, lengths, count, order.getPtr(), first, num_attrs, stream)
+        return (driver.CUresult(code),)
+
+    def cuEventRecord(self, event: int, stream: int) -> tuple[Any]:
+        return (driver.CUresult(self._record(event, stream)),)
+
+    def cuEventQuery(self, event: int) -> tuple[Any]:
+        return (driver.CUresult(self._query(event)),)
+
+    def cuStreamWaitEvent(self, stream: int, event: int, flags: int) -> tuple[Any]:
+        return (driver.CUresult(self._wait_event(stream, event, flags)),)
 
     def cuStreamWaitValue32(self, stream: int, addr: int, value: int, flags: int) -> tuple[Any]:
         return (driver.CUresult(self._wait_value(stream, addr, value, flags)),)

@@ -21,13 +21,17 @@ class FakeLibrary:
     def __init__(self) -> None:
         self.seen: list[tuple[str, tuple]] = []
         self.code = 0
+        self.missing: set[str] = set()
         self.writes: dict[str, dict[int, int]] = {"cuMemCreate": {0: 77}, "cuMemGetInfo_v2": {0: 5, 1: 9}}
 
     def __getattr__(self, symbol: str) -> Callable[..., int]:
+        if symbol in self.missing:
+            raise AttributeError(symbol)
+
         def function(*arguments: int) -> int:
             assert len(arguments) == len(function.argtypes)
             for argument, kind in zip(arguments, function.argtypes, strict=True):
-                kind(argument)  # as ctypes would
+                kind.from_param(argument)  # as ctypes would
             self.seen.append((symbol, arguments))
             for at, value in self.writes.get(symbol, {}).items():
                 ctypes.c_uint64.from_address(arguments[at]).value = value
@@ -54,11 +58,32 @@ def test_each_call_is_one_of_the_bindings_and_takes_what_they_take(library: Fake
     assert held.cuMemcpyAsync(driver.CUdeviceptr(1 << 40), 1 << 41, 12, driver.CUstream(8)) == (ok,)
     assert held.cuMemcpyAsync(1 << 40, 1 << 41, 12, 8) == (ok,)
     assert held.cuStreamWaitValue32(8, 1 << 42, 1, 1) == (ok,)
+    assert (
+        held.cuEventRecord(1 << 43, 8) == held.cuEventQuery(1 << 43) == held.cuStreamWaitEvent(8, 1 << 43, 0) == (ok,)
+    )
     copy = ("cuMemcpyAsync", (1 << 40, 1 << 41, 12, 8))
     assert library.seen[0][1][1:] == (4096, made.getPtr(), 0)
     assert library.seen[1] == ("cuMemMap", (1 << 40, 4096, 0, 77, 0))
     assert library.seen[2] == ("cuMemSetAccess", (1 << 40, 4096, access.getPtr(), 1))
-    assert library.seen[4:] == [copy, copy, ("cuStreamWaitValue32_v2", (8, 1 << 42, 1, 1))]
+    assert library.seen[4:7] == [copy, copy, ("cuStreamWaitValue32_v2", (8, 1 << 42, 1, 1))]
+    events = [("cuEventRecord", (1 << 43, 8)), ("cuEventQuery", (1 << 43,)), ("cuStreamWaitEvent", (8, 1 << 43, 0))]
+    assert library.seen[7:] == events
+
+
+def test_a_batch_reaches_the_driver_as_three_columns(library: FakeLibrary) -> None:
+    held, order = HeldCalls(), driver.CUmemcpyAttributes()
+    assert held.takes_batches
+    columns = [1 << 40, 1 << 41, 1 << 42], [5, 6, 7], [10, 20, 30]
+    assert held.cuMemcpyBatchAsync(*columns, 3, [order], [0], 1, 8) == (driver.CUresult.CUDA_SUCCESS,)
+    [(symbol, (*arrays, count, attrs, firsts, attrs_count, stream))] = library.seen
+    assert symbol == "cuMemcpyBatchAsync_v2"
+    assert [list(array) for array in arrays] == list(columns)
+    assert (count, attrs, list(firsts), attrs_count, stream) == (3, order.getPtr(), [0], 1, 8)
+
+
+def test_an_older_driver_takes_no_batches(library: FakeLibrary) -> None:
+    library.missing.add("cuMemcpyBatchAsync_v2")
+    assert not HeldCalls().takes_batches
 
 
 def test_a_refusal_is_the_bindings_own_code(library: FakeLibrary) -> None:

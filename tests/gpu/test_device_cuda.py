@@ -203,6 +203,72 @@ def test_calls_that_keep_the_interpreter(gpu, keeps):
     pool.close()
 
 
+def test_events_and_batches_keep_the_interpreter(gpu):
+    """Whatever the thread asked for: no other thread runs between a pause's copies and the event behind them."""
+    unit = gpu.granularity_bytes
+    pool, region, host = ExtentPool(gpu, unit), Region(gpu, unit), HostTier(gpu, unit + MIB)
+    block, stream, second, ran, stop = host.allocate_exact(unit, "s"), gpu.stream(), gpu.stream(), 0, False
+    region.map([(0, pool.acquire(unit, Kind.KV, "s"))])
+    region.tensor.copy_(torch.arange(unit, dtype=torch.int64).to(torch.uint8))
+    gpu.synchronize()
+    begin = unit // 40 * 40  # forty pieces, and what is left of it
+    pairs = [
+        (block.tensor[at : at + unit // 40], region.tensor[at : at + unit // 40]) for at in range(0, begin, unit // 40)
+    ]
+    pairs.append((block.tensor[begin:], region.tensor[begin:]))
+    begun, done = gpu.event(timing=True), gpu.event(timing=True)
+
+    def spin():
+        nonlocal ran
+        while not stop:
+            ran += 1
+            time.sleep(0)
+
+    other, before_s = threading.Thread(target=spin), sys.getswitchinterval()
+    sys.setswitchinterval(30)
+    other.start()
+    try:
+        ran_before = ran
+        for _ in range(200):
+            gpu.copy_all(pairs, stream, Direction.D2H, begun=begun)
+            done.record(stream)
+            gpu.event(timing=True).record(stream)  # and is given up at once
+            second.wait_event(done)
+            done.query()
+        meanwhile = ran - ran_before
+    finally:
+        stop = True
+        sys.setswitchinterval(before_s)
+        other.join()
+    assert meanwhile == 0
+    done.synchronize()
+    assert 0 < begun.elapsed_time(done) < 1000
+    assert torch.equal(region.tensor.cpu(), block.tensor)
+    pool.give_back(*region.unmap([0]))
+    block.free()
+    host.close()
+    region.close()
+    pool.close()
+
+
+def test_an_events_handle_is_used_again_and_counts_as_new(gpu):
+    stream, first = gpu.stream(), gpu.event()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+    first.record(stream)
+    handle = first._handle
+    assert not first.query()
+    del first
+    again = gpu.event()
+    assert again._handle == handle
+    assert again.query()
+    again.record(stream)
+    assert not again.query()
+    torch.cuda.current_stream().wait_event(again)
+    torch.cuda.current_stream().synchronize()
+    assert again.query()
+
+
 def test_every_stream_is_its_own_and_a_closed_device_leaves_them_to_the_next():
     device = open_device("cuda:0")
     streams = [device.stream() for _ in range(40)]
