@@ -326,14 +326,16 @@ class Device(ABC):
         piece_bytes: int = 1 << 62,
         gives_way: bool = False,
         begun: Event | None = None,
+        done: Event | None = None,
     ) -> None:
         """`copy` for each (dst, src), in one call where the device can. They must not overlap, and run in any order.
 
         A thread asks for Python's interpreter again after every call, and beside a busy thread that takes longer than
         the call. No copy is of more than `piece_bytes`, so that small ones of other streams get in between. When it is
         the turn of copies that give way, those of other streams go first, however late these were issued: otherwise a
-        copy engine serves in the order of issue. `begun` is recorded right before the first copy: to prepare many takes
-        longer than to do them.
+        copy engine serves in the order of issue. `begun` is recorded right before the first copy, and `done` right
+        behind the last: to prepare many takes longer than to do them, and whoever calls again may have to wait for the
+        interpreter before.
 
         Raises:
             TransferError: a copy was refused; those before it may have been issued, and are counted.
@@ -343,12 +345,7 @@ class Device(ABC):
                 raise ValueError(f"copy of {src.numel()} bytes into {dst.numel()}")
         if gives_way:
             self._give_way(stream)
-        if len(copies) == 1 and copies[0][0].numel() <= piece_bytes:
-            if begun is not None:
-                begun.record(stream)
-            self.copy(*copies[0], stream, direction)
-        else:
-            self._issue_copies(copies, stream, direction, piece_bytes, begun)
+        self._issue_copies(copies, stream, direction, piece_bytes, begun, done)
 
     def _issue_copies(
         self,
@@ -357,6 +354,7 @@ class Device(ABC):
         direction: Direction,
         piece_bytes: int,
         begun: Event | None,
+        done: Event | None,
     ) -> None:
         """Issue and count all of them. Here one by one; a device that takes a batch overrides it."""
         if begun is not None:
@@ -364,6 +362,8 @@ class Device(ABC):
         for dst, src in copies:
             for at in range(0, dst.numel(), piece_bytes):
                 self.copy(dst[at : at + piece_bytes], src[at : at + piece_bytes], stream, direction)
+        if done is not None:
+            done.record(stream)
 
     def _give_way(self, stream: Stream) -> None:  # noqa: B027 - nothing to do where no engine serves several streams
         """Let copies of other streams go before what is issued on `stream` from now on."""

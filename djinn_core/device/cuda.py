@@ -261,34 +261,35 @@ class CudaDevice(Device):
         direction: Direction,
         piece_bytes: int,
         begun: Event | None,
+        done: Event | None,
     ) -> None:
-        pieces = []
+        pieces: list[tuple[int, int, int]] = []
         for dst, src in copies:
             check_copy(dst, src)
             to, there, size_bytes = dst.data_ptr(), src.data_ptr(), dst.numel()
             for at in range(0, size_bytes, piece_bytes):  # sums of addresses: slices would take as long as the call
                 pieces.append((to + at, there + at, min(piece_bytes, size_bytes - at)))
-        on = stream.cuda_stream
-        if self._calls is self._held or not self._held.takes_batches:
-            if begun is not None:
-                begun.record(stream)
-            for to, there, size_bytes in pieces:
-                self._copy(to, there, size_bytes, on)
-                self._count(direction, size_bytes)
-        elif pieces:
-            self._batch(pieces, stream, begun)
-            self._count(direction, sum(size_bytes for _, _, size_bytes in pieces))
-
-    def _batch(self, pieces: Sequence[tuple[int, int, int]], stream: Stream, begun: Event | None) -> None:
-        self._enter()
-        targets, sources, sizes = (list(column) for column in zip(*pieces, strict=True))
-        how, on = self._in_stream_order, stream.cuda_stream
         if begun is not None:
             begun.record(stream)
-        code = self._held.cuMemcpyBatchAsync(targets, sources, sizes, len(sizes), how, [0], 1, on)[0]
+        if len(pieces) > 1 and self._calls is self._held and self._held.takes_batches:
+            self._batch(pieces, stream, direction)
+        else:
+            for to, there, size_bytes in pieces:
+                self._copy(to, there, size_bytes, stream.cuda_stream)
+                self._count(direction, size_bytes)
+        if done is not None:
+            done.record(stream)
+
+    def _batch(self, pieces: list[tuple[int, int, int]], stream: Stream, direction: Direction) -> None:
+        """Copies of so many bytes to here from there, in one call."""
+        self._enter()
+        targets, sources, sizes = map(list, zip(*pieces, strict=True))
+        how, on = self._in_stream_order, stream.cuda_stream
+        [code] = self._held.cuMemcpyBatchAsync(targets, sources, sizes, len(sizes), how, [0], 1, on)
         if code:
             what = f"{len(sizes)} copies of {sum(sizes):,} bytes"
             raise TransferError(f"{describe('cuMemcpyBatchAsync', code)} for {what}; nothing was copied")
+        self._count(direction, sum(sizes))
 
     def _give_way(self, stream: Stream) -> None:
         """A wait for a word in host memory that is always 1: the engine takes up another stream before it goes on."""

@@ -79,8 +79,7 @@ class HeldCalls:
         stream: int,
     ) -> tuple[Any]:
         [order] = attrs  # an array of one
-        to, there, lengths = ((_SIZE * count)(*column) for column in (dsts, srcs, sizes))
-        first = (_SIZE * num_attrs)(*attrs_idxs)
+        to, there, lengths, first = ((_SIZE * len(words))(*words) for words in (dsts, srcs, sizes, attrs_idxs))
         code = self._batch(to, there, lengths, count, order.getPtr(), first, num_attrs, stream)
         return (driver.CUresult(code),)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -124,6 +125,13 @@ class HostTier:
     def pinned(self) -> bool:
         """Nothing that this tier holds is pageable."""
         return self._pageable_bytes == 0
+
+    def issuing(self) -> AbstractContextManager[None]:
+        """Within it copies from and to this tier are issued with the interpreter kept (`Device.keeping_interpreter`).
+
+        Unless something is pageable: a copy of that may block, and nobody could run Python meanwhile.
+        """
+        return self._device.keeping_interpreter() if self.pinned else nullcontext()
 
     def allocate_exact(self, size_bytes: int, owner: str, *, cuts: Sequence[int] = ()) -> HostBlock:
         """A block with a mapping of its own, given back to the operating system by `free`. For weights.

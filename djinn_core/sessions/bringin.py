@@ -381,15 +381,16 @@ class BringIn:
         row = [want for layer in layers for want in self._rows[layer]]
         if not row:
             return None
-        arrival = None
+        arrival: Event | None = pager.device.event(timing=True, blocking=True)
         try:
-            copied = self._fill(row, stream)
+            copied = self._fill(row, stream, arrival)
             shared = [want for want in row if want.extent is None and want.block.ready is not None]
             for want in shared:
                 stream.wait_event(want.block.ready)
-            if copied or shared or any(want.lender for want in row):
-                arrival = pager.device.event(timing=True, blocking=True)
+            if shared or any(want.lender for want in row):
                 arrival.record(stream)
+            elif not copied:
+                arrival = None
             if arrival is not None and any(want.source for want in row):
                 arrival.synchronize()  # the copy takes its source's place, so it must be whole
         except BaseException:
@@ -409,8 +410,8 @@ class BringIn:
         self.bytes += copied
         return arrival
 
-    def _fill(self, row: list[Want], stream: Stream) -> int:
-        """Issue the copies into mapped blocks; returns the bytes that come over the link."""
+    def _fill(self, row: list[Want], stream: Stream, arrival: Event) -> int:
+        """Issue the copies into mapped blocks; returns the bytes that come over the link, `arrival` behind them."""
         device, memory, pairs = self._pager.device, self.holding.region.tensor, []
         for want in row:
             block, source = want.block, want.source
@@ -423,11 +424,9 @@ class BringIn:
                 pairs.append((memory[block.offset : block.offset + size_bytes], there.tensor[:size_bytes]))
         if pairs:
             later = stream is self._pager.h2d  # a resume's first layer goes first
-            begun = None if self.bytes else self.begun
-            # a copy of pageable memory may block, and then nobody could run Python
-            keeping = device.keeping_interpreter if self._pager.tiers.host.pinned else contextlib.nullcontext
-            with keeping():
-                device.copy_all(pairs, stream, Direction.H2D, piece_bytes=PIECE_BYTES, gives_way=later, begun=begun)
+            marks = {"begun": None if self.bytes else self.begun, "done": arrival}
+            with self._pager.tiers.host.issuing():
+                device.copy_all(pairs, stream, Direction.H2D, piece_bytes=PIECE_BYTES, gives_way=later, **marks)
         return sum(dst.numel() for dst, _ in pairs)
 
     def _borrow(self, want: Want, stream: Stream) -> None:

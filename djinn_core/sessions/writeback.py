@@ -69,7 +69,7 @@ def write_back(
     try:
         _claim(room, holding, blocks, todo)
         if todo:
-            begun, done = (room.device.event(timing=True, blocking=True) for _ in range(2))
+            begun, done = room.device.event(timing=True), room.device.event(blocking=True)
             _wait_for_bytes(room, todo)
             with room.lock:
                 room.write_backs += 1
@@ -94,7 +94,7 @@ def write_back(
                 copy.block.copying_bytes = 0
             room.lock.notify_all()
     if copied:
-        room.log(holding, "swap_out", copied, time.perf_counter() - begun_s, (begun, done))
+        room.log(holding, "swap_out", copied, time.perf_counter() - begun_s, (begun, groups[-1][1]))
     if full is not None:
         raise full
     return copied
@@ -158,9 +158,9 @@ def _issue_group(room: Room, memory: torch.Tensor, groups: list[Group], copies: 
         (block.host.tensor[begin:end], memory[block.offset + begin : block.offset + end])
         for block, begin, end, _ in copies
     ]
-    room.device.copy_all(pairs, room.d2h, Direction.D2H, begun=None if groups else begun)
-    event = room.device.event(blocking=True)
-    event.record(room.d2h)
+    event = room.device.event(timing=True, blocking=True)
+    with room.tiers.host.issuing():
+        room.device.copy_all(pairs, room.d2h, Direction.D2H, begun=None if groups else begun, done=event)
     groups.append((copies, event))
 
 

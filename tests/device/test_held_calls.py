@@ -75,10 +75,10 @@ def test_a_batch_reaches_the_driver_as_three_columns(library: FakeLibrary) -> No
     assert held.takes_batches
     columns = [1 << 40, 1 << 41, 1 << 42], [5, 6, 7], [10, 20, 30]
     assert held.cuMemcpyBatchAsync(*columns, 3, [order], [0], 1, 8) == (driver.CUresult.CUDA_SUCCESS,)
-    [(symbol, (*arrays, count, attrs, firsts, attrs_count, stream))] = library.seen
+    [(symbol, (*arrays, count, attrs, first, attrs_count, stream))] = library.seen
     assert symbol == "cuMemcpyBatchAsync_v2"
     assert [list(array) for array in arrays] == list(columns)
-    assert (count, attrs, list(firsts), attrs_count, stream) == (3, order.getPtr(), [0], 1, 8)
+    assert (count, attrs, list(first), attrs_count, stream) == (3, order.getPtr(), [0], 1, 8)
 
 
 def test_an_older_driver_takes_no_batches(library: FakeLibrary) -> None:

@@ -126,7 +126,8 @@ def test_copies_from_the_host_tier_do_not_block_the_caller(gpu):
     pool.close()
 
 
-def test_copies_that_give_way_let_another_stream_go_first(gpu):
+@pytest.mark.parametrize("keeps", [True, False], ids=["in batches", "one by one"])
+def test_copies_that_give_way_let_another_stream_go_first(gpu, keeps):
     """Half a gigabyte is queued; what is issued last arrives long before its end, and nothing is lost."""
     size_bytes, steps = 32 * MIB, 16
     pool, region = ExtentPool(gpu, 17 * size_bytes), Region(gpu, 17 * size_bytes)
@@ -142,9 +143,9 @@ def test_copies_that_give_way_let_another_stream_go_first(gpu):
         for step in range(steps):
             target = region.tensor[step * size_bytes : (step + 1) * size_bytes]
             begun = None if step else begin
-            gpu.copy_all(
-                [(target, block.tensor)], slow, Direction.H2D, piece_bytes=8 * MIB, gives_way=True, begun=begun
-            )
+            pairs, how = [(target, block.tensor)], {"piece_bytes": 8 * MIB, "gives_way": True, "begun": begun}
+            with gpu.keeping_interpreter() if keeps else nullcontext():
+                gpu.copy_all(pairs, slow, Direction.H2D, **how)
         end.record(slow)
         gpu.copy_all([(region.tensor[steps * size_bytes :], other.tensor)], quick, Direction.H2D, piece_bytes=8 * MIB)
         arrived.record(quick)
@@ -204,7 +205,7 @@ def test_calls_that_keep_the_interpreter(gpu, keeps):
 
 
 def test_events_and_batches_keep_the_interpreter(gpu):
-    """Whatever the thread asked for: no other thread runs between a pause's copies and the event behind them."""
+    """No other thread runs between a pause's copies and the events around them."""
     unit = gpu.granularity_bytes
     pool, region, host = ExtentPool(gpu, unit), Region(gpu, unit), HostTier(gpu, unit + MIB)
     block, stream, second, ran, stop = host.allocate_exact(unit, "s"), gpu.stream(), gpu.stream(), 0, False
@@ -230,8 +231,8 @@ def test_events_and_batches_keep_the_interpreter(gpu):
     try:
         ran_before = ran
         for _ in range(200):
-            gpu.copy_all(pairs, stream, Direction.D2H, begun=begun)
-            done.record(stream)
+            with gpu.keeping_interpreter():
+                gpu.copy_all(pairs, stream, Direction.D2H, begun=begun, done=done)
             gpu.event(timing=True).record(stream)  # and is given up at once
             second.wait_event(done)
             done.query()

@@ -94,7 +94,7 @@ def test_who_resumes_issues_the_first_layers_itself(slow: Rig, monkeypatch: pyte
 
 @pytest.mark.parametrize("pinned", [True, False])
 def test_which_calls_keep_the_interpreter(slow: Rig, monkeypatch: pytest.MonkeyPatch, pinned: bool) -> None:
-    """All of who resumes, and the link's copies, unless the memory is pageable: not its grants, which take long."""
+    """All of who resumes, and others' copies, unless the memory is pageable: not the link's grants, which take long."""
     session, seen, kept = released(slow, 1), set(), threading.local()
 
     @contextmanager
@@ -119,6 +119,11 @@ def test_which_calls_keep_the_interpreter(slow: Rig, monkeypatch: pytest.MonkeyP
     session.wait_until("restored", 10)
     by_caller = {("caller", "grant", True), ("caller", "copy_all", True)}
     assert seen == by_caller | {("link", "grant", False), ("link", "copy_all", pinned)}
+    seen.clear()
+    session.forward(prompt(seed=2))
+    session.pause()
+    session.wait_until("clean", 10)
+    assert {kept for _, call, kept in seen if call == "copy_all"} == {pinned}
 
 
 def test_whoever_waits_for_the_rest_is_woken_at_its_end(slow: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
