@@ -292,6 +292,16 @@ class Device(ABC):
     def graphs(self) -> Graphs:
         """What makes graphs that share memory."""
 
+    def drain(self, stream: Stream) -> None:
+        """Wait until `stream` has done all that was queued.
+
+        Raises:
+            DeviceError: some of it failed, or the device cannot be asked.
+        """
+        event = self.event(blocking=True)
+        event.record(stream)
+        event.synchronize()
+
     @abstractmethod
     def synchronize(self) -> None:
         """Wait until all streams of this device have nothing left to do.
@@ -338,7 +348,7 @@ class Device(ABC):
         interpreter before.
 
         Raises:
-            TransferError: a copy was refused; those before it may have been issued, and are counted.
+            TransferError: a copy was refused; those before it may have been issued, and `done` is not recorded.
         """
         for dst, src in copies:
             if dst.numel() != src.numel():
@@ -412,11 +422,12 @@ class Device(ABC):
     def unpin(self, address: int, size_bytes: int) -> None:
         """Undo `pin`."""
 
-    def keeping_interpreter(self) -> AbstractContextManager[None]:
+    def keeping_interpreter(self, keeps: bool = True) -> AbstractContextManager[None]:
         """Within it, short calls of this thread into the driver keep Python's interpreter, as far as the device can.
 
         For what someone waits for: each call that gives it away has to stand in line for it again, and beside busy
-        threads that takes longer than the call.
+        threads that takes longer than the call. Not for calls that may block: nobody can run Python meanwhile. Without
+        `keeps` they give it away, within another such context, too.
         """
         return nullcontext()
 

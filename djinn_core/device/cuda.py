@@ -24,7 +24,7 @@ import torch
 from cuda.bindings import driver
 
 from djinn_core.device.base import Device, Direction, Event, HostBytes, Stream, maps_within
-from djinn_core.device.cudaevents import CudaEvent
+from djinn_core.device.cudaevents import CudaEvent, CudaEvents
 from djinn_core.device.cudagraphs import CudaGraphs
 from djinn_core.device.drivercalls import checked, describe
 from djinn_core.device.heldcalls import HeldCalls
@@ -76,6 +76,7 @@ class CudaDevice(Device):
         self._bound = threading.local()
         self._held = HeldCalls()
         self._index = index
+        self._events = CudaEvents(index, self._held, lambda: self._calls, self._enter)
 
         location = driver.CUmemLocation()
         location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
@@ -200,7 +201,7 @@ class CudaDevice(Device):
         return torch.cuda.current_stream(self._index)
 
     def event(self, timing: bool = False, *, blocking: bool = False) -> Event:
-        return CudaEvent(self._index, self._held, self._enter, timing, blocking)
+        return CudaEvent(self._events, timing, blocking)
 
     def launch(self, stream: Stream, work: Callable[[], None]) -> None:
         self._enter()
@@ -313,7 +314,7 @@ class CudaDevice(Device):
         checked("cuMemHostUnregister", driver.cuMemHostUnregister(address))
 
     def bind_thread(self) -> None:
-        if hasattr(self._bound, "torch_too"):
+        if hasattr(self._bound, "torch_too") and torch.cuda.current_device() == self._index:
             return
         checked("cuCtxSetCurrent", driver.cuCtxSetCurrent(self._context))
         torch.cuda.set_device(self._index)
@@ -341,8 +342,8 @@ class CudaDevice(Device):
         checked("cuDevicePrimaryCtxRelease", driver.cuDevicePrimaryCtxRelease(self._number))
 
     @contextmanager
-    def keeping_interpreter(self) -> Iterator[None]:
-        before, self._bound.calls = self._calls, self._held
+    def keeping_interpreter(self, keeps: bool = True) -> Iterator[None]:
+        before, self._bound.calls = self._calls, self._held if keeps else driver
         try:
             yield
         finally:

@@ -3,8 +3,9 @@
 `cuda.bindings` gives the interpreter away in every call, also in one of a few microseconds; beside a thread that runs
 Python, the next line is then executed up to a switch interval (`sys.getswitchinterval`) later. A resume makes seven
 such calls before its first layer is on the link. These go through `ctypes.PyDLL`, which does not give it away; names,
-arguments and results are those of the bindings (of CUDA 13). None of them waits for work on the device, and the driver
-runs no Python, so nobody who is waited for within needs the interpreter.
+arguments and results are those of the bindings (of CUDA 13). The driver runs no Python, so nobody who is waited for
+within needs the interpreter. None of them waits for work on the device while its stream's queue, of about a thousand
+entries, has room; whoever may have filled it does not call through these.
 
 Not taken: a short switch interval. All threads would change places more often, and every change costs them both.
 """
@@ -21,6 +22,13 @@ _ADDRESS = _SIZE = _LONG = ctypes.c_uint64
 _POINTER = ctypes.c_void_p
 _WORD = ctypes.c_uint32
 _BATCH = "cuMemcpyBatchAsync_v2"
+
+
+def _result(code: int) -> driver.CUresult:
+    try:
+        return driver.CUresult(code)
+    except ValueError:  # of a driver that is newer than the bindings
+        return driver.CUresult.CUDA_ERROR_UNKNOWN
 
 
 class HeldCalls:
@@ -50,22 +58,22 @@ class HeldCalls:
     def cuMemCreate(self, size: int, prop: driver.CUmemAllocationProp, flags: int) -> tuple[Any, int]:
         handle = _LONG()
         code = self._create(ctypes.addressof(handle), size, prop.getPtr(), flags)
-        return driver.CUresult(code), handle.value
+        return _result(code), handle.value
 
     def cuMemMap(self, ptr: int, size: int, offset: int, handle: int, flags: int) -> tuple[Any]:
-        return (driver.CUresult(self._map(ptr, size, offset, handle, flags)),)
+        return (_result(self._map(ptr, size, offset, handle, flags)),)
 
     def cuMemSetAccess(self, ptr: int, size: int, desc: list[Any], count: int) -> tuple[Any]:
         [access] = desc  # an array of one
-        return (driver.CUresult(self._set_access(ptr, size, access.getPtr(), count)),)
+        return (_result(self._set_access(ptr, size, access.getPtr(), count)),)
 
     def cuMemGetInfo(self) -> tuple[Any, int, int]:
         free, total = _SIZE(), _SIZE()
         code = self._info(ctypes.addressof(free), ctypes.addressof(total))
-        return driver.CUresult(code), free.value, total.value
+        return _result(code), free.value, total.value
 
     def cuMemcpyAsync(self, dst: Any, src: int, size: int, stream: Any) -> tuple[Any]:
-        return (driver.CUresult(self._copy(int(dst), src, size, int(stream))),)
+        return (_result(self._copy(int(dst), src, size, int(stream))),)
 
     def cuMemcpyBatchAsync(
         self,
@@ -81,16 +89,16 @@ class HeldCalls:
         [order] = attrs  # an array of one
         to, there, lengths, first = ((_SIZE * len(words))(*words) for words in (dsts, srcs, sizes, attrs_idxs))
         code = self._batch(to, there, lengths, count, order.getPtr(), first, num_attrs, stream)
-        return (driver.CUresult(code),)
+        return (_result(code),)
 
     def cuEventRecord(self, event: int, stream: int) -> tuple[Any]:
-        return (driver.CUresult(self._record(event, stream)),)
+        return (_result(self._record(event, stream)),)
 
     def cuEventQuery(self, event: int) -> tuple[Any]:
-        return (driver.CUresult(self._query(event)),)
+        return (_result(self._query(event)),)
 
     def cuStreamWaitEvent(self, stream: int, event: int, flags: int) -> tuple[Any]:
-        return (driver.CUresult(self._wait_event(stream, event, flags)),)
+        return (_result(self._wait_event(stream, event, flags)),)
 
     def cuStreamWaitValue32(self, stream: int, addr: int, value: int, flags: int) -> tuple[Any]:
-        return (driver.CUresult(self._wait_value(stream, addr, value, flags)),)
+        return (_result(self._wait_value(stream, addr, value, flags)),)

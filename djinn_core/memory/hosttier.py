@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
@@ -129,9 +129,9 @@ class HostTier:
     def issuing(self) -> AbstractContextManager[None]:
         """Within it copies from and to this tier are issued with the interpreter kept (`Device.keeping_interpreter`).
 
-        Unless something is pageable: a copy of that may block, and nobody could run Python meanwhile.
+        Unless something is pageable, for a copy of that may block: then it is given away.
         """
-        return self._device.keeping_interpreter() if self.pinned else nullcontext()
+        return self._device.keeping_interpreter(self.pinned)
 
     def allocate_exact(self, size_bytes: int, owner: str, *, cuts: Sequence[int] = ()) -> HostBlock:
         """A block with a mapping of its own, given back to the operating system by `free`. For weights.

@@ -75,8 +75,8 @@ class Behind:
         written.record(compute)
         self._stream.wait_event(written)
         pairs = [(c.host.tensor[: c.end], memory[c.block.offset : c.block.offset + c.end]) for c in new]
-        device.copy_all(pairs, self._stream, Direction.D2H)
-        event.record(self._stream)
+        with self._room.tiers.host.issuing():
+            device.copy_all(pairs, self._stream, Direction.D2H, done=event)
         for copy in new:
             copy.event = event
 
@@ -140,7 +140,10 @@ class Behind:
             copies, lost = list(self._copies), set()
         for copy in copies:
             try:
-                (copy.event or self._stream).synchronize()
+                if copy.event is None:
+                    self._room.device.drain(self._stream)
+                else:
+                    copy.event.synchronize()
             except DeviceError as error:
                 lost.add(copy)
                 self._room.log(self._holding, f"not written behind ({error})")

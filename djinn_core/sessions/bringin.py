@@ -387,7 +387,7 @@ class BringIn:
             shared = [want for want in row if want.extent is None and want.block.ready is not None]
             for want in shared:
                 stream.wait_event(want.block.ready)
-            if shared or any(want.lender for want in row):
+            if shared or (not copied and any(want.lender for want in row)):
                 arrival.record(stream)
             elif not copied:
                 arrival = None
@@ -395,7 +395,7 @@ class BringIn:
                 arrival.synchronize()  # the copy takes its source's place, so it must be whole
         except BaseException:
             with contextlib.suppress(DeviceError):  # a failure of what was issued is the one being handled
-                stream.synchronize()
+                pager.device.drain(stream)
             raise
         if arrival is not None:
             self._last = arrival

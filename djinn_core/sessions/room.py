@@ -100,9 +100,9 @@ class Room:
     def evict(self, holding: Holding, *, released: bool = False, wait: bool = True) -> bool:
         """Take a paused session off the device, after writing back what is new. False when it is paused no more.
 
-        Layers are unmapped while later ones are still being copied. With `released`, only while its owner wants so.
-        Without `wait`, not while it is being brought in, or lends to another: who makes room may be the one whom that
-        waits for.
+        With `released`, only while its owner wants so, and layers leave while later ones are still being copied; a
+        victim stays whole where it is until all of it has been copied. Without `wait`, not while it is being brought
+        in, or lends to another: who makes room may be the one whom that waits for.
         """
         begun_s, parted = time.perf_counter(), []
         try:
@@ -126,8 +126,8 @@ class Room:
                     if wait and holding.being_brought:
                         with self.tiers.seeking(holding):
                             holding.wait_issued()
-                    blocks = list(holding.mapped.values())
-                    write_back(self, holding, blocks, part=lambda some: parted.append(self._part(holding, some)))
+                    part = (lambda some: parted.append(self._part(holding, some))) if released else None
+                    write_back(self, holding, list(holding.mapped.values()), part=part)
                 self._leave(holding, parted)
                 return True
         finally:
@@ -461,7 +461,7 @@ class Room:
         mapped = len(holding.mapped)
         try:
             return self.evict(holding, wait=False)
-        except DjinnError as error:  # it stays whole where it is; another one may leave instead
+        except DjinnError as error:  # it stays where it is, or the host has all of it; another one may leave instead
             holding.trouble = error
             self.log(holding, f"stays ({error})")
             return len(holding.mapped) < mapped

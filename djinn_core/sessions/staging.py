@@ -44,6 +44,7 @@ class Slot:
     """
 
     def __init__(self, device: Device, pool: ExtentPool, acquire: Acquire, size_bytes: int, stream: Stream) -> None:
+        self._device = device
         self._pool = pool
         self.stream = stream
         self.free = device.event()
@@ -68,9 +69,10 @@ class Slot:
         self.ready = device.event(timing=True)
 
     def close(self) -> None:
-        for work in (self.free, self.stream):
-            with contextlib.suppress(DeviceError):  # whoever wanted the copy has been told
-                work.synchronize()
+        with contextlib.suppress(DeviceError):  # whoever wanted the copy has been told
+            self.free.synchronize()
+        with contextlib.suppress(DeviceError):
+            self._device.drain(self.stream)
         self._pool.give_back(self._region.unmap([0])[0])
         self._region.close()
 

@@ -56,7 +56,8 @@ def write_back(
 
     Raises:
         CapacityError: the host has no room for all of them; those that had room are written back.
-        TransferError: a copy failed; what was copied before it counts, and the rest can be tried again.
+        TransferError: a copy failed, or could not be issued; what was taken in before it counts, and the rest can be
+            tried again.
     """
     begun_s = time.perf_counter()
     if (behind := holding.behind) is not None:
@@ -69,24 +70,23 @@ def write_back(
     try:
         _claim(room, holding, blocks, todo)
         if todo:
-            begun, done = room.device.event(timing=True), room.device.event(blocking=True)
+            begun = room.device.event(timing=True)
             _wait_for_bytes(room, todo)
             with room.lock:
                 room.write_backs += 1
             try:
-                try:
-                    full = _issue(room, holding, todo, groups, optional, begun)
-                finally:
-                    done.record(room.d2h)
+                full = _issue(room, holding, todo, groups, optional, begun)
                 for group in groups:
                     copied += _take_in(room, group)
                     if part is not None:
                         part([copy.block for copy in group[0]])
+            except BaseException:
+                with contextlib.suppress(DjinnError):  # the failure is being raised; no copy reads any more
+                    room.device.drain(room.d2h)
+                raise
             finally:
                 with room.lock:
                     room.write_backs -= 1
-                with contextlib.suppress(DjinnError):  # the failure is being raised; no copy reads any more
-                    done.synchronize()
     finally:
         with room.lock:
             holding.draining = False

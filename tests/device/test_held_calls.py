@@ -86,6 +86,11 @@ def test_an_older_driver_takes_no_batches(library: FakeLibrary) -> None:
     assert not HeldCalls().takes_batches
 
 
+def test_a_code_that_the_bindings_do_not_know_is_a_failure(library: FakeLibrary) -> None:
+    library.code = 99_999
+    assert HeldCalls().cuEventRecord(1, 8) == (driver.CUresult.CUDA_ERROR_UNKNOWN,)
+
+
 def test_a_refusal_is_the_bindings_own_code(library: FakeLibrary) -> None:
     library.code = FAILED
     assert HeldCalls().cuMemMap(1 << 40, 4096, 0, 77, 0) == (driver.CUresult.CUDA_ERROR_INVALID_VALUE,)

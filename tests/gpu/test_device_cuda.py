@@ -7,8 +7,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from cuda.bindings import driver
 
 from djinn_core.device import Direction, open_device
+from djinn_core.device.drivercalls import checked
 from djinn_core.errors import ConfigError, DeviceError
 from djinn_core.memory import ExtentPool, HostTier, Kind, Region
 
@@ -204,7 +206,8 @@ def test_calls_that_keep_the_interpreter(gpu, keeps):
     pool.close()
 
 
-def test_events_and_batches_keep_the_interpreter(gpu):
+@pytest.mark.parametrize("keeps", [True, False])
+def test_events_and_batches_that_keep_the_interpreter(gpu, keeps):
     """No other thread runs between a pause's copies and the events around them."""
     unit = gpu.granularity_bytes
     pool, region, host = ExtentPool(gpu, unit), Region(gpu, unit), HostTier(gpu, unit + MIB)
@@ -217,7 +220,10 @@ def test_events_and_batches_keep_the_interpreter(gpu):
         (block.tensor[at : at + unit // 40], region.tensor[at : at + unit // 40]) for at in range(0, begin, unit // 40)
     ]
     pairs.append((block.tensor[begin:], region.tensor[begin:]))
-    begun, done = gpu.event(timing=True), gpu.event(timing=True)
+    begun, done, spare = (gpu.event(timing=True) for _ in range(3))
+    del spare  # a handle to use again
+    calls, batch = [], gpu._held.cuMemcpyBatchAsync
+    gpu._held.cuMemcpyBatchAsync = lambda *columns: calls.append(len(columns[0])) or batch(*columns)
 
     def spin():
         nonlocal ran
@@ -230,18 +236,20 @@ def test_events_and_batches_keep_the_interpreter(gpu):
     other.start()
     try:
         ran_before = ran
-        for _ in range(200):
-            with gpu.keeping_interpreter():
+        with gpu.keeping_interpreter(keeps):
+            for _ in range(200):
                 gpu.copy_all(pairs, stream, Direction.D2H, begun=begun, done=done)
-            gpu.event(timing=True).record(stream)  # and is given up at once
-            second.wait_event(done)
-            done.query()
+                gpu.event(timing=True).record(stream)  # and is given up at once
+                second.wait_event(done)
+                done.query()
         meanwhile = ran - ran_before
     finally:
         stop = True
         sys.setswitchinterval(before_s)
         other.join()
-    assert meanwhile == 0
+    assert (meanwhile == 0) is keeps
+    if checked("cuDriverGetVersion", driver.cuDriverGetVersion()) >= 13_000:
+        assert calls == [len(pairs)] * 200 * keeps
     done.synchronize()
     assert 0 < begun.elapsed_time(done) < 1000
     assert torch.equal(region.tensor.cpu(), block.tensor)

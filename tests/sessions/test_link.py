@@ -94,12 +94,12 @@ def test_who_resumes_issues_the_first_layers_itself(slow: Rig, monkeypatch: pyte
 
 @pytest.mark.parametrize("pinned", [True, False])
 def test_which_calls_keep_the_interpreter(slow: Rig, monkeypatch: pytest.MonkeyPatch, pinned: bool) -> None:
-    """All of who resumes, and others' copies, unless the memory is pageable: not the link's grants, which take long."""
+    """Copies, unless the memory is pageable, and all else of who resumes: not the link's grants, which take long."""
     session, seen, kept = released(slow, 1), set(), threading.local()
 
     @contextmanager
-    def keep() -> Iterator[None]:
-        before, kept.now = getattr(kept, "now", False), True
+    def keep(keeps: bool = True) -> Iterator[None]:
+        before, kept.now = getattr(kept, "now", False), keeps
         yield
         kept.now = before
 
@@ -117,12 +117,13 @@ def test_which_calls_keep_the_interpreter(slow: Rig, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(slow.device, name, watched(name, getattr(slow.device, name)))
     session.resume()
     session.wait_until("restored", 10)
-    by_caller = {("caller", "grant", True), ("caller", "copy_all", True)}
+    by_caller = {("caller", "grant", True), ("caller", "copy_all", pinned)}
     assert seen == by_caller | {("link", "grant", False), ("link", "copy_all", pinned)}
     seen.clear()
     session.forward(prompt(seed=2))
     session.pause()
     session.wait_until("clean", 10)
+    slow.open().forward(prompt(seed=3), stop_after=LAYERS - 1)  # which is written behind, if it is pinned
     assert {kept for _, call, kept in seen if call == "copy_all"} == {pinned}
 
 
