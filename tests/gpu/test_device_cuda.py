@@ -3,7 +3,8 @@
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from cuda.bindings import driver
 from djinn_core.device import Direction, open_device
 from djinn_core.device.drivercalls import checked
 from djinn_core.errors import ConfigError, DeviceError
-from djinn_core.memory import ExtentPool, HostTier, Kind, Region
+from djinn_core.memory import Extent, ExtentPool, HostBlock, HostTier, Kind, Region
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -146,7 +147,7 @@ def test_copies_that_give_way_let_another_stream_go_first(gpu, keeps):
             target = region.tensor[step * size_bytes : (step + 1) * size_bytes]
             begun = None if step else begin
             pairs, how = [(target, block.tensor)], {"piece_bytes": 8 * MIB, "gives_way": True, "begun": begun}
-            with gpu.keeping_interpreter() if keeps else nullcontext():
+            with gpu.keeping_interpreter(keeps):
                 gpu.copy_all(pairs, slow, Direction.H2D, **how)
         end.record(slow)
         gpu.copy_all([(region.tensor[steps * size_bytes :], other.tensor)], quick, Direction.H2D, piece_bytes=8 * MIB)
@@ -163,42 +164,35 @@ def test_copies_that_give_way_let_another_stream_go_first(gpu, keeps):
     pool.close()
 
 
-@pytest.mark.parametrize("keeps", [True, False])
-def test_calls_that_keep_the_interpreter(gpu, keeps):
-    """They do what the others do, and no other thread runs meanwhile."""
-    size_bytes = 32 * MIB
-    pool, region, host = ExtentPool(gpu, size_bytes), Region(gpu, size_bytes), HostTier(gpu, size_bytes + MIB)
-    block, stream, ran, stop = host.allocate_exact(size_bytes, "s"), gpu.stream(), 0, False
-    block.tensor.view(torch.int32).copy_(torch.arange(size_bytes // 4, dtype=torch.int32))
+@contextmanager
+def another_thread() -> Iterator[Callable[[], int]]:
+    """Says how often a thread that only wants to run has run: it gets in where the interpreter is given away."""
+    ran, stop = 0, False
 
     def spin():
         nonlocal ran
         while not stop:
             ran += 1
-            time.sleep(0)  # it asks for the interpreter again, and gets it when someone gives it away
+            time.sleep(0)  # it asks for the interpreter again
 
     other, before_s = threading.Thread(target=spin), sys.getswitchinterval()
     sys.setswitchinterval(30)
     other.start()
     try:
-        with gpu.keeping_interpreter() if keeps else nullcontext():
-            before, ran_before = gpu.copied, ran
-            region.map([(0, pool.acquire(size_bytes, Kind.KV, "s"))])
-            gpu.copy_all([(region.tensor, block.tensor)], stream, Direction.H2D, piece_bytes=8 * MIB, gives_way=True)
-            grants = 0
-            while grants < 50 or (not keeps and ran == ran_before and grants < 50_000):  # the other has to be awake
-                gpu.grant(region.address, size_bytes)
-                grants += 1
-            free_bytes = gpu.capacity_bytes - gpu.used_bytes()
-            meanwhile, copied = ran - ran_before, gpu.copied - before
+        yield lambda: ran
     finally:
         stop = True
         sys.setswitchinterval(before_s)
         other.join()
-    assert (meanwhile == 0) is keeps
-    assert copied.h2d_bytes == size_bytes and 0 < free_bytes < gpu.capacity_bytes
+
+
+@contextmanager
+def both_sides(gpu, size_bytes) -> Iterator[tuple[Region, Extent, HostBlock]]:
+    """A region, what may be mapped at its beginning, and as much of the host."""
+    pool, region, host = ExtentPool(gpu, size_bytes), Region(gpu, size_bytes), HostTier(gpu, size_bytes + MIB)
+    block = host.allocate_exact(size_bytes, "s")
+    yield region, pool.acquire(size_bytes, Kind.KV, "s"), block
     gpu.synchronize()
-    assert torch.equal(region.tensor.cpu(), block.tensor)
     pool.give_back(*region.unmap([0]))
     block.free()
     host.close()
@@ -207,57 +201,54 @@ def test_calls_that_keep_the_interpreter(gpu, keeps):
 
 
 @pytest.mark.parametrize("keeps", [True, False])
-def test_events_and_batches_that_keep_the_interpreter(gpu, keeps):
+def test_calls_that_keep_the_interpreter(gpu, keeps):
+    """They do what the others do, and no other thread runs meanwhile."""
+    size_bytes, stream = 32 * MIB, gpu.stream()
+    with both_sides(gpu, size_bytes) as (region, extent, block):
+        block.tensor.view(torch.int32).copy_(torch.arange(size_bytes // 4, dtype=torch.int32))
+        with another_thread() as ran, gpu.keeping_interpreter(keeps):
+            before, ran_before = gpu.copied, ran()
+            region.map([(0, extent)])
+            gpu.copy_all([(region.tensor, block.tensor)], stream, Direction.H2D, piece_bytes=8 * MIB, gives_way=True)
+            grants = 0
+            while grants < 50 or (not keeps and ran() == ran_before and grants < 50_000):  # the other has to be awake
+                gpu.grant(region.address, size_bytes)
+                grants += 1
+            free_bytes = gpu.capacity_bytes - gpu.used_bytes()
+            meanwhile, copied = ran() - ran_before, gpu.copied - before
+        assert (meanwhile == 0) is keeps
+        assert copied.h2d_bytes == size_bytes and 0 < free_bytes < gpu.capacity_bytes
+        gpu.synchronize()
+        assert torch.equal(region.tensor.cpu(), block.tensor)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_events_and_batches_that_keep_the_interpreter(gpu, keeps, monkeypatch):
     """No other thread runs between a pause's copies and the events around them."""
-    unit = gpu.granularity_bytes
-    pool, region, host = ExtentPool(gpu, unit), Region(gpu, unit), HostTier(gpu, unit + MIB)
-    block, stream, second, ran, stop = host.allocate_exact(unit, "s"), gpu.stream(), gpu.stream(), 0, False
-    region.map([(0, pool.acquire(unit, Kind.KV, "s"))])
-    region.tensor.copy_(torch.arange(unit, dtype=torch.int64).to(torch.uint8))
-    gpu.synchronize()
-    begin = unit // 40 * 40  # forty pieces, and what is left of it
-    pairs = [
-        (block.tensor[at : at + unit // 40], region.tensor[at : at + unit // 40]) for at in range(0, begin, unit // 40)
-    ]
-    pairs.append((block.tensor[begin:], region.tensor[begin:]))
+    unit, stream, second = gpu.granularity_bytes, gpu.stream(), gpu.stream()
     begun, done, spare = (gpu.event(timing=True) for _ in range(3))
     del spare  # a handle to use again
-    calls, batch = [], gpu._held.cuMemcpyBatchAsync
-    gpu._held.cuMemcpyBatchAsync = lambda *columns: calls.append(len(columns[0])) or batch(*columns)
-
-    def spin():
-        nonlocal ran
-        while not stop:
-            ran += 1
-            time.sleep(0)
-
-    other, before_s = threading.Thread(target=spin), sys.getswitchinterval()
-    sys.setswitchinterval(30)
-    other.start()
-    try:
-        ran_before = ran
-        with gpu.keeping_interpreter(keeps):
+    batches, batch = [], gpu._held.cuMemcpyBatchAsync
+    monkeypatch.setattr(gpu._held, "cuMemcpyBatchAsync", lambda *given: batches.append(len(given[0])) or batch(*given))
+    with both_sides(gpu, unit) as (region, extent, block):
+        region.map([(0, extent)])
+        region.tensor.copy_(torch.arange(unit, dtype=torch.int64).to(torch.uint8))
+        gpu.synchronize()
+        pairs = list(zip(block.tensor.split(unit // 40), region.tensor.split(unit // 40), strict=True))
+        with another_thread() as ran, gpu.keeping_interpreter(keeps):
+            ran_before = ran()
             for _ in range(200):
                 gpu.copy_all(pairs, stream, Direction.D2H, begun=begun, done=done)
                 gpu.event(timing=True).record(stream)  # and is given up at once
                 second.wait_event(done)
                 done.query()
-        meanwhile = ran - ran_before
-    finally:
-        stop = True
-        sys.setswitchinterval(before_s)
-        other.join()
-    assert (meanwhile == 0) is keeps
-    if checked("cuDriverGetVersion", driver.cuDriverGetVersion()) >= 13_000:
-        assert calls == [len(pairs)] * 200 * keeps
-    done.synchronize()
-    assert 0 < begun.elapsed_time(done) < 1000
-    assert torch.equal(region.tensor.cpu(), block.tensor)
-    pool.give_back(*region.unmap([0]))
-    block.free()
-    host.close()
-    region.close()
-    pool.close()
+            meanwhile = ran() - ran_before
+        assert (meanwhile == 0) is keeps
+        if checked("cuDriverGetVersion", driver.cuDriverGetVersion()) >= 13_000:
+            assert batches == [len(pairs)] * 200 * keeps
+        done.synchronize()
+        assert 0 < begun.elapsed_time(done) < 1000
+        assert torch.equal(region.tensor.cpu(), block.tensor)
 
 
 def test_an_events_handle_is_used_again_and_counts_as_new(gpu):
