@@ -60,7 +60,7 @@ class _Bytes:
 class CudaDevice(Device):
     """GPU number `index`, as torch counts them.
 
-    A thread that makes another GPU current calls `bind_thread` again before it uses this device.
+    A thread that makes another GPU current makes this one current again before it uses this device.
     """
 
     is_gpu = True
@@ -314,7 +314,7 @@ class CudaDevice(Device):
         checked("cuMemHostUnregister", driver.cuMemHostUnregister(address))
 
     def bind_thread(self) -> None:
-        if hasattr(self._bound, "torch_too") and torch.cuda.current_device() == self._index:
+        if hasattr(self._bound, "torch_too"):
             return
         checked("cuCtxSetCurrent", driver.cuCtxSetCurrent(self._context))
         torch.cuda.set_device(self._index)

@@ -5,7 +5,8 @@ Python, the next line is then executed up to a switch interval (`sys.getswitchin
 such calls before its first layer is on the link. These go through `ctypes.PyDLL`, which does not give it away; names,
 arguments and results are those of the bindings (of CUDA 13). The driver runs no Python, so nobody who is waited for
 within needs the interpreter. None of them waits for work on the device while its stream's queue, of about a thousand
-entries, has room; whoever may have filled it does not call through these.
+entries, has room. Copies and their events come through these, and not what stands behind a pass; only a resume whose
+boundary is still on the device records one event on the stream of passes.
 
 Not taken: a short switch interval. All threads would change places more often, and every change costs them both.
 """

@@ -129,7 +129,8 @@ class HostTier:
     def issuing(self) -> AbstractContextManager[None]:
         """Within it copies from and to this tier are issued with the interpreter kept (`Device.keeping_interpreter`).
 
-        Unless something is pageable, for a copy of that may block: then it is given away.
+        Unless something is pageable, for a copy of that may block: then it is given away. For blocks of sessions; the
+        copy of a resume's boundary keeps it in any case.
         """
         return self._device.keeping_interpreter(self.pinned)
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import TypeVar
 
 from djinn_core.device.base import Device, Event
-from djinn_core.errors import DeviceError, DjinnError, IntegrityError, OutOfDeviceMemory
+from djinn_core.errors import CapacityError, DeviceError, DjinnError, IntegrityError, OutOfDeviceMemory
 from djinn_core.memory.disktier import DiskTier
 from djinn_core.memory.extents import Extent, ExtentPool
 from djinn_core.memory.hosttier import HostTier
@@ -100,9 +100,8 @@ class Room:
     def evict(self, holding: Holding, *, released: bool = False, wait: bool = True) -> bool:
         """Take a paused session off the device, after writing back what is new. False when it is paused no more.
 
-        With `released`, only while its owner wants so, and layers leave while later ones are still being copied; a
-        victim stays whole where it is until all of it has been copied. Without `wait`, not while it is being brought
-        in, or lends to another: who makes room may be the one whom that waits for.
+        With `released`, only while its owner wants so, and layers leave while later ones are copied; of a victim some
+        leave only where the host lacks room for all. Without `wait`, not while it arrives or lends: it may wait for us.
         """
         begun_s, parted = time.perf_counter(), []
         try:
@@ -110,24 +109,25 @@ class Room:
                 while True:
                     with self.lock:
                         self._wait_alone(holding, lambda: not (holding.moving or (wait and holding.pins)))
-                        if (
-                            holding.state is not SessionState.PAUSED
-                            or holding.pins
-                            or (released and not holding.release)
-                        ):
+                        stays = released and not holding.release
+                        if stays or holding.state is not SessionState.PAUSED or holding.pins:
                             return holding.state is SessionState.SWAPPED
                         if not wait and holding.being_brought:
                             return False
                         clean = holding.is_clean() and not holding.draining and not holding.being_brought
-                        if clean:
-                            holding.moving = True
+                        holding.moving = clean
                     if clean:
                         break
                     if wait and holding.being_brought:
                         with self.tiers.seeking(holding):
                             holding.wait_issued()
                     part = (lambda some: parted.append(self._part(holding, some))) if released else None
-                    write_back(self, holding, list(holding.mapped.values()), part=part)
+                    try:
+                        write_back(self, holding, list(holding.mapped.values()), part=part)
+                    except CapacityError:  # what the host had room for makes room here: someone may need just that
+                        self._settle_device(holding)
+                        parted.append(self._part(holding, list(holding.mapped.values())))
+                        raise
                 self._leave(holding, parted)
                 return True
         finally:
@@ -461,7 +461,7 @@ class Room:
         mapped = len(holding.mapped)
         try:
             return self.evict(holding, wait=False)
-        except DjinnError as error:  # it stays where it is, or the host has all of it; another one may leave instead
+        except DjinnError as error:  # what is left stays where it is; another one may leave instead
             holding.trouble = error
             self.log(holding, f"stays ({error})")
             return len(holding.mapped) < mapped

@@ -2,7 +2,7 @@
 
 Invariant: a block's host copy counts (`host_valid_bytes`) only when the copy's event is complete and nothing of what it
 read was overwritten meanwhile. KV only grows, so a second pause writes only what is new. All copies are issued at once,
-since gaps between copies are the whole loss; then they are taken in group by group, and whoever gives the memory up
+since gaps between copies are the whole loss; then they are taken in group by group, and whoever gives his memory up
 unmaps each group while the later ones are still on their way.
 """
 

@@ -58,3 +58,22 @@ def test_a_victim_stays_whole_where_it_is_when_a_copy_fails(
     assert session.state is SessionState.SWAPPED and not rig.kv_bytes
     session.resume()
     assert torch.equal(session.forward(ids), oracle.forward(ids))
+
+
+def test_a_victim_that_the_host_has_not_all_room_for_makes_the_room_that_it_can(make_rig: MakeRig) -> None:
+    """Three sessions of four units, seven on the device and nine on the host: each that was admitted can go on."""
+    rig = make_rig(host_bytes=9 * LAYER_BYTES)
+    sessions = [rig.open()]
+    others = sum(size_bytes for _, size_bytes in rig.pool.usage().held.items())
+    rig.pool.resize(others + 7 * LAYER_BYTES)
+    sessions += [rig.open(), rig.open()]
+    oracle = Oracle(rig.stock)
+    ids = oracle.forward(prompt(seed=1)).float().argmax(-1)[:, None]
+    for seed, session in enumerate(sessions[:2], start=1):
+        session.forward(prompt(seed=seed))
+        session.pause(release=True)
+        session.wait_until("released", 10)
+    sessions[2].forward(prompt(seed=3))
+    sessions[2].pause()
+    sessions[0].resume()
+    assert torch.equal(sessions[0].forward(ids), oracle.forward(ids))
